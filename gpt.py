@@ -1,0 +1,1460 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "tiktoken"]
+# ///
+# SPDX-License-Identifier: MIT
+"""A GPT in one file: tokenizer, model, training and sampling, to be read from top to bottom and then changed.
+
+    python gpt.py train                      learn input.txt, a play, in about three minutes on a laptop's CPU
+    python gpt.py sample                     write more of it
+    python gpt.py train --data my.txt        learn something else (files, folders, globs, addresses)
+    python gpt.py train --help               every setting; `eval`, `inspect`, `ablate` and `export` have theirs
+
+The default model differs from GPT-2 in what has proved itself since, and `--arch gpt2` brings every part of it back:
+  - positions rotate the queries and keys (RoPE) instead of being added to the embedding
+  - RMSNorm instead of LayerNorm; queries and keys are normalised too; no biases
+  - the MLP is gated (SwiGLU) instead of a GELU
+  - keys and values may have fewer heads than queries (GQA)
+  - the head has weights of its own, and starts, like every block's output, at zero
+  - hidden matrices are trained by Muon, everything else by AdamW
+"""
+import time
+LOADED = time.monotonic()  # `--minutes` counts from here, so that the seconds it takes to load torch are included
+import argparse, atexit, codecs, contextlib, difflib, functools, glob, gzip, hashlib, itertools, json, math, os, re, shlex
+import shutil, signal, sys, tempfile, threading, warnings, zipfile, zlib
+from array import array
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, field, fields
+from heapq import heapify, heappop, heappush
+from pathlib import Path
+
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch would like it; nothing here needs it
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+try:  # the fused kernels beside this file; every one of them has a plain equivalent
+    import kernels
+    NO_KERNELS = "" if hasattr(kernels, "GPT_KERNELS") else "kernels.py is not here"  # Hugging Face has a `kernels` too
+except Exception as e:
+    NO_KERNELS = "kernels.py is not here" if isinstance(e, ImportError) else f"kernels.py fails: {e!r}"
+
+# Shapes, everywhere: B batch, T time (tokens), C channels (n_embd), H heads, D head size, V vocabulary.
+
+# --- Settings --------------------------------------------------------------------------------------------------------
+# Each is declared once, here. The command line, its help and its checks are generated from these fields.
+
+class Error(ValueError):
+    """A request that cannot be met (exit code 2), or a run that cannot go on (1): one line that says what to do."""
+    def __init__(self, line, code=2):
+        super().__init__(line)
+        self.code = code
+
+def setting(default, help, low=0.0, choices=None):
+    """A field with its default, its meaning, and the smallest number or the only words it may be."""
+    return field(default=default, metadata={"help": help, "low": low, "choices": choices.split() if choices else None})
+
+@dataclass
+class Config:
+    """The shape of a model. It is stored in every checkpoint; `GPT(Config(vocab_size=65))` is a model."""
+    vocab_size: int = setting(0, "tokens in the vocabulary (0: the tokenizer's; asks `bpe` for this many, 0: 1024)")
+    block_size: int = setting(128, "context: the tokens a prediction can see", 1)
+    n_layer: int = setting(4, "blocks of attention and MLP; 0 is the bigram table")
+    n_head: int = setting(4, "attention heads", 1)
+    n_kv_head: int = setting(0, "heads of the keys and values (0: n_head)")
+    head_dim: int = setting(0, "channels of a head (0: n_embd / n_head)")
+    n_embd: int = setting(128, "channels of the residual stream", 1)
+    mlp_hidden: int = setting(0, "hidden channels of the MLP (0: 4 n_embd; swiglu 8/3 n_embd, a multiple of 32)")
+    pos: str = setting("rope", "how positions enter: learned, rope, none", choices="learned rope none")
+    norm: str = setting("rms", "LayerNorm or RMSNorm: layer, rms", choices="layer rms")
+    mlp: str = setting("swiglu", "the MLP: gelu, relu, relu2 (squared), swiglu (gated)", choices="gelu relu relu2 swiglu")
+    qk_norm: bool = setting(True, "RMSNorm on queries and keys, before they are rotated")
+    bias: bool = setting(False, "biases in linear layers and LayerNorm")
+    tie: bool = setting(False, "the head shares the embedding's weights")
+    rope_theta: float = setting(10000.0, "RoPE: the longest wavelength is 2 pi times this, in tokens", 1.0)
+    norm_eps: float = setting(1e-6, "added to the mean square inside norms")
+    dropout: float = setting(0.0, "share of activations zeroed in training")
+
+    def __post_init__(self):
+        head_dim_given, self.head_dim = self.head_dim, self.head_dim or self.n_embd // self.n_head
+        self.n_kv_head = self.n_kv_head or self.n_head
+        gated = math.ceil(self.n_embd * 8 / 3 / 32) * 32  # three matrices of 8/3 hold as much as two of 4
+        self.mlp_hidden = self.mlp_hidden or (gated if self.mlp == "swiglu" else 4 * self.n_embd)
+        if not head_dim_given and self.n_embd % self.n_head:
+            raise Error(f"--n-embd {self.n_embd} is not divisible by --n-head {self.n_head}")
+        if self.n_head % self.n_kv_head:
+            raise Error(f"--n-head {self.n_head} is not a multiple of --n-kv-head {self.n_kv_head}")
+        if self.pos == "rope" and self.head_dim % 2:
+            raise Error(f"RoPE rotates pairs, so the head size {self.head_dim} must be even: change --n-embd or --n-head")
+        if not self.dropout < 1:
+            raise Error(f"--dropout {self.dropout} must be below 1")
+
+@dataclass
+class Source:
+    """Where a model comes from and where it runs."""
+    out: str = setting("out", "folder of the run")
+    init: str = setting("", "start from: a checkpoint, a run's folder, a Hugging Face folder, gpt2, gpt2-medium, -large, -xl")
+    device: str = setting("auto", "auto (cuda, else mps, else cpu) or a torch device")
+    dtype: str = setting("auto", "precision; auto: bfloat16 or float16 on a GPU that is fast in it, else float32",
+                         choices="auto float32 bfloat16 float16 float64")
+    attention: str = setting("auto", "attention kernel", choices="auto triton cuda sdpa plain")
+    seed: int = setting(1337, "the same seed gives the same run")
+
+@dataclass
+class Training(Source):
+    data: list = setting(("input.txt",), "files (.txt, .jsonl, .gz), folders, globs or http(s) addresses")
+    size: str = setting("auto", "auto: tiny on a CPU, baby elsewhere",
+                        choices="auto tiny baby gpt2 gpt2-medium gpt2-large gpt2-xl")
+    arch: str = setting("qwen3", "architecture", choices="bigram gpt2 llama qwen3")
+    tokenizer: str = setting("char", "char, bpe (trained on the data) or gpt2", choices="char bpe gpt2")
+    steps: int = setting(None, "steps of the whole run (default: the size's)", 1)
+    minutes: float = setting(None, "or: minutes of the whole run, from the start of the command to its end")
+    batch_size: int = setting(32, "sequences per forward pass and process", 1)
+    accum: int = setting(1, "forward passes per step and process", 1)
+    lr: float = setting(3e-3, "AdamW's peak learning rate; Muon's is 10 times that; a tenth with --init")
+    optimizer: str = setting("muon", "muon (hidden matrices; AdamW the rest) or adamw (all)", choices="muon adamw")
+    weight_decay: float = setting(0.0, "weight decay of matrices")
+    grad_clip: float = setting(1.0, "longest gradient (2-norm) that a step follows; 0 is off")
+    warmup: int = setting(0, "steps over which the learning rate rises")
+    eval_every: int = setting(None, "steps between evaluations (default: 20 in a run)", 1)
+    save_every: int = setting(None, "steps between checkpoints (default: at evaluations; also every five minutes)", 1)
+    compile: str = setting("auto", "torch.compile; auto: on CUDA", choices="auto on off")
+    checkpoint_activations: bool = setting(False, "keep only each block's input and recompute the rest: less memory")
+    probe: str = setting(None, "text that `inspect` follows through training (default: a line of the data; '': none)")
+    resume: bool = setting(False, "go on where the run in --out stopped")
+    overwrite: bool = setting(False, "replace the run in --out")
+
+@dataclass
+class Sampling(Source):
+    prompt: str = setting("", "text to go on from; @FILE reads a file, - stdin")
+    tokens: int = setting(500, "tokens to generate")
+    temperature: float = setting(0.8, "0 always takes the likeliest; 1 samples the model's own distribution")
+    top_k: int = setting(0, "sample among the k likeliest (0: all)")
+    top_p: float = setting(1.0, "sample among the likeliest that together have this probability")
+    num: int = setting(1, "samples", 1)
+    stop: str = setting("", "text to stop at; it is not printed")
+    cache: bool = setting(True, "keep keys and values of earlier tokens (the KV cache)")
+
+@dataclass
+class Evaluation(Source):
+    data: list = setting((), "text to evaluate on (default: the validation split of the run's data)")
+    stride: int = setting(None, "tokens between windows (default: the context; smaller is slower and kinder)", 1)
+    batch_size: int = setting(32, "windows per forward pass", 1)
+    json: bool = setting(False, "print one JSON object")
+
+# An explicit flag beats --size, which beats --arch, which beats the defaults above.
+ARCHS = {
+    "bigram": dict(n_layer=0, optimizer="adamw", lr=0.1),
+    "gpt2": dict(pos="learned", norm="layer", mlp="gelu", qk_norm=False, bias=True, tie=True, norm_eps=1e-5),
+    "llama": dict(qk_norm=False),
+    "qwen3": dict(),
+}
+GPT2_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
+SIZES = {
+    "tiny": dict(steps=2000),
+    "baby": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64, steps=2500, warmup=50),
+    **{name: dict(n_layer=L, n_head=H, n_embd=C, block_size=1024, batch_size=16, accum=32, steps=20000, warmup=200,
+                  lr=2e-3, weight_decay=0.1) for name, (L, H, C) in GPT2_SIZES.items()},
+}
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+def check(given, *classes):
+    """Convert and test the settings in the dict `given` by the fields of `classes`."""
+    known, checked = {f.name: f for cls in classes for f in fields(cls)}, {}
+    for name, value in given.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            raise Error(f"there is no setting {flag(name)}" + (f"; did you mean {flag(close[0])}?" if close else ""))
+        kind, rule = known[name].type, known[name].metadata
+        if value is None:
+            continue
+        if kind is list:
+            value = [str(v) for v in ([value] if isinstance(value, (str, os.PathLike)) else value)]
+        elif kind is not bool:
+            try:
+                value, given_value = kind(value), value
+                if kind is not str and not (math.isfinite(value) and value == float(given_value) and value >= rule["low"]):
+                    raise ValueError
+            except (ValueError, TypeError, OverflowError):
+                noun = "a whole number" if kind is int else "a number"
+                raise Error(f"{flag(name)} takes {noun} of at least {rule['low']:g}, not {value}") from None
+        if rule["choices"] and value not in rule["choices"]:
+            raise Error(f"{flag(name)} is one of {', '.join(rule['choices'])}; not {value!r}")
+        checked[name] = value
+    return checked
+
+def parts(given, *classes):
+    """Split a dict of settings among `classes`; each part holds the fields of one class."""
+    return [{f.name: given[f.name] for f in fields(cls) if f.name in given} for cls in classes]
+
+# --- Tokenizers ------------------------------------------------------------------------------------------------------
+# A model reads whole numbers. A tokenizer is a list of byte strings, one per number, and a way to cut text into them.
+
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # words that merges stay within
+
+class CharTokenizer:
+    """One token per character. `CharTokenizer("abc").encode("cab").tolist() == [2, 0, 1]`"""
+    kind, eot = "char", None
+
+    def __init__(self, chars):
+        self.chars = "".join(sorted(set(chars)))
+        self.tokens = [c.encode() for c in self.chars]
+        codes = torch.tensor([ord(c) for c in self.chars], dtype=torch.long)
+        self.table = torch.full((int(codes.max()) + 2 if chars else 1,), -1, dtype=torch.int32)  # code point -> id
+        self.table[codes] = torch.arange(len(codes), dtype=torch.int32)
+
+    @staticmethod
+    def code_points(text):
+        return torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32) if text else torch.zeros(0).int()
+
+    @classmethod
+    def train(cls, texts):
+        seen = torch.zeros(0x110000, dtype=torch.bool)
+        for text in texts:
+            seen[cls.code_points(text)] = True
+        return cls("".join(map(chr, seen.nonzero().flatten().tolist())))
+
+    def encode(self, text, special=False):
+        """Ids of a text as an int32 tensor (T,); a character that is not in the vocabulary is an Error."""
+        ids = self.table[self.code_points(text).clamp_(max=len(self.table) - 1)]
+        if len(ids) and ids.min() < 0:
+            raise Error(f"the text has characters that this model has never seen: {self.unknown(text)}")
+        return ids
+
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
+
+    def unknown(self, text):
+        return " ".join(sorted({ascii(c) for c in text} - {ascii(c) for c in self.chars}))
+
+    def state(self):
+        return {"kind": "char", "chars": self.chars}
+
+class BPETokenizer:
+    """Byte-pair encoding: any text can be written; tiktoken does the merging. The last token ends a text.
+    `tokens` are bytes in the order in which merges made them, the first 256 being single bytes."""
+    kind = "bpe"
+
+    def __init__(self, tokens, pattern=GPT2_PATTERN):
+        self.tokens, self.pattern, self.eot = tokens, pattern, len(tokens) - 1
+        self.encoding = tiktoken().Encoding("gpt.py", pat_str=pattern, special_tokens={"<|endoftext|>": self.eot},
+                                            mergeable_ranks={token: rank for rank, token in enumerate(tokens[:-1])})
+
+    @classmethod
+    def gpt2(cls):
+        try:
+            ranks = tiktoken().get_encoding("gpt2")._mergeable_ranks
+        except (OSError, ValueError) as e:
+            raise Error("the gpt2 tokenizer could not be downloaded (" + type(e).__name__ + "); once it is in a folder as "
+                        "6d1cbeee0f20b3d9449abfede4726ed8212e3aee (vocab.bpe) and 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6 "
+                        "(encoder.json), set TIKTOKEN_CACHE_DIR to that folder") from None
+        return cls(sorted(ranks, key=ranks.get) + [b"<|endoftext|>"])
+
+    @classmethod
+    def train(cls, texts, vocab_size):
+        """Learn merges: join the commonest pair of neighbouring tokens, and again, until the vocabulary is full.
+        `BPETokenizer.train(["aaa aaa"], 259).tokens[256:] == [b"aa", b"aaa", b"<|endoftext|>"]`"""
+        if vocab_size < 257:
+            raise Error(f"--vocab-size {vocab_size}: bpe needs at least 257, for 256 bytes and the end of text")
+        tiktoken()
+        import regex  # comes with tiktoken
+        words = Counter()
+        for text in texts:
+            words.update(regex.findall(GPT2_PATTERN, text))
+        words = [(list(piece), n) for word, n in words.items() for piece in re.findall(b"(?s).{1,64}", word.encode())]
+        pairs, where = Counter(), defaultdict(set)  # how often two tokens are neighbours, and in which words
+        def count_pairs(i, sign):
+            ids, n = words[i]
+            for pair in zip(ids, ids[1:]):
+                pairs[pair] += sign * n
+                where[pair].add(i)
+                changed.add(pair)
+        tokens, changed, heap = [bytes([i]) for i in range(256)], set(), []
+        index = {token: i for i, token in enumerate(tokens)}
+        for i in range(len(words)):
+            count_pairs(i, 1)
+        while len(tokens) < vocab_size - 1:
+            for pair in changed:
+                heappush(heap, (-pairs[pair], pair))
+            changed.clear()
+            while heap and -heap[0][0] != pairs[heap[0][1]]:  # that count is out of date; the newer is in the heap as well
+                heappop(heap)
+            if not heap or not heap[0][0]:
+                break
+            a, b = heappop(heap)[1]
+            new = index.setdefault(tokens[a] + tokens[b], len(tokens))
+            tokens += [tokens[a] + tokens[b]] * (new == len(tokens))
+            for i in list(where[a, b]):
+                count_pairs(i, -1)
+                ids, j = words[i][0], 0
+                while j < len(ids) - 1:
+                    if ids[j] == a and ids[j + 1] == b:
+                        ids[j:j + 2] = [new]
+                    j += 1
+                count_pairs(i, 1)
+        return cls(tokens + [b"<|endoftext|>"])
+
+    def encode(self, text, special=False):
+        """Ids of a text as an int32 tensor (T,). `<|endoftext|>` is ordinary text, or one token if `special`."""
+        allowed = {"<|endoftext|>"} if special else set()
+        return torch.tensor(self.encoding.encode(text, allowed_special=allowed, disallowed_special=()), dtype=torch.int32)
+
+    def encode_batch(self, texts):
+        batch = self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+        return [torch.frombuffer(array("i", ids), dtype=torch.int32) for ids in batch if ids]
+
+    def unknown(self, text):
+        return ""
+
+    def state(self):
+        return {"kind": "bpe", "pattern": self.pattern, "tokens": [token.decode("latin-1") for token in self.tokens]}
+
+def tiktoken():
+    try:
+        import tiktoken
+    except ImportError:
+        raise Error("this tokenizer needs tiktoken: pip install tiktoken") from None
+    return tiktoken
+
+def tokenizer_from(state):
+    if state["kind"] == "char":
+        return CharTokenizer(state["chars"])
+    return BPETokenizer([token.encode("latin-1") for token in state["tokens"]], state["pattern"])
+
+# --- Model -----------------------------------------------------------------------------------------------------------
+# Each token becomes a vector, the residual stream. Every block reads it and adds to it: attention brings in what earlier
+# tokens know, the MLP works on each token by itself. What the last block leaves is compared with every token's vector.
+
+def plain_attention(q, k, v, dropout_p=0.0, maps=False):
+    """softmax(Q K^T / sqrt(D) + mask) V, written out. q (B, H, TQ, D); k, v (B, H_kv, TK, D), H a multiple of H_kv.
+    The queries are the last TQ of TK positions. Gives (B, H, TQ, D), and the maps (B, H, TQ, TK) if `maps`."""
+    B, H, TQ, D = q.shape
+    H_kv, TK = k.shape[1:3]
+    mask = torch.full((TQ, TK), -math.inf, dtype=q.dtype, device=q.device).triu(TK - TQ + 1)  # the causal mask: no later key
+    q = q.reshape(B * H_kv, -1, D)  # the heads that share a key stand below each other: (B H_kv, H/H_kv TQ, D)
+    k, v = k.reshape(B * H_kv, TK, D), v.reshape(B * H_kv, TK, D)
+    scores = torch.baddbmm(mask.repeat(H // H_kv, 1), q, k.mT, alpha=D ** -0.5)  # (B H_kv, H/H_kv TQ, TK)
+    probs = scores.softmax(dim=-1)
+    out = (F.dropout(probs, dropout_p) @ v).view(B, H, TQ, D)
+    return (out, probs.view(B, H, TQ, TK)) if maps else out
+
+def fused_attention(q, k, v, dropout_p=0.0):
+    """The same by torch's own fused kernels."""
+    TQ, TK, mask = q.size(2), k.size(2), None
+    if 1 < TQ < TK:  # is_causal would align the first query with the first key
+        mask = torch.ones(TQ, TK, dtype=torch.bool, device=q.device).tril(TK - TQ)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=TQ == TK, enable_gqa=q.size(1) != k.size(1))
+
+def use_attention(model, impl, dtype):
+    """Let the model's blocks call the attention that suits it best, or `impl`; returns what that is, and why."""
+    if model.config.n_layer == 0:
+        return "no attention"
+    device = next(model.parameters()).device
+    if impl == "plain" or (impl == "auto" and device.type == "cpu" and model.config.block_size <= 256):
+        attend, reason = plain_attention, "plain attention" + " (the fastest on a CPU up to a context of 256)" * (impl == "auto")
+    elif not NO_KERNELS:
+        attend, reason = functools.partial(kernels.attention, impl=impl), "{} attention ({})".format(
+            *kernels.describe(device, dtype, model.config.head_dim, impl))
+    elif impl in ("auto", "sdpa"):
+        attend, reason = fused_attention, f"torch's attention ({NO_KERNELS})"
+    else:
+        raise Error(f"--attention {impl}: {NO_KERNELS}")
+    for block in model.blocks:
+        block.attn.attend = attend
+    return reason
+
+def make_norm(config, size):
+    if config.norm == "layer":
+        return nn.LayerNorm(size, config.norm_eps, bias=config.bias)
+    return nn.RMSNorm(size, config.norm_eps)
+
+def rotate(x, cos, sin):
+    """RoPE: turn each pair (x[i], x[i + D/2]) by its position's angle. x (B, H, T, D); cos, sin (T, D/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.head_dim, self.dropout = config.head_dim, config.dropout
+        self.q = nn.Linear(config.n_embd, config.n_head * config.head_dim, bias=config.bias)
+        self.k = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=config.bias)
+        self.v = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=config.bias)
+        self.out = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
+        self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.attend = fused_attention  # any function of q, k, v and dropout_p; `use_attention` picks one
+
+    def forward(self, x, rotary, cache, start):
+        B, T, _ = x.shape
+        q, k, v = (linear(x).view(B, T, -1, self.head_dim) for linear in (self.q, self.k, self.v))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q).type_as(v), self.k_norm(k).type_as(v)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), and twice (B, H_kv, T, D)
+        if rotary is not None:
+            q, k = rotate(q, *rotary).type_as(v), rotate(k, *rotary).type_as(v)
+        if cache is not None:  # write these keys and values behind the earlier ones, and attend to all of them
+            cache[0, :, :, start:start + T], cache[1, :, :, start:start + T] = k, v
+            k, v = cache[0, :, :, :start + T], cache[1, :, :, :start + T]
+        y = self.attend(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.kind = config.mlp
+        self.gate = nn.Linear(config.n_embd, config.mlp_hidden, bias=config.bias) if config.mlp == "swiglu" else None
+        self.up = nn.Linear(config.n_embd, config.mlp_hidden, bias=config.bias)
+        self.down = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        if self.kind == "swiglu":
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+        if self.kind == "gelu":
+            return self.down(F.gelu(self.up(x), approximate="tanh"))  # GPT-2's GELU is the approximation
+        x = F.relu(self.up(x))
+        return self.down(x.square() if self.kind == "relu2" else x)
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attn_norm, self.attn = make_norm(config, config.n_embd), Attention(config)
+        self.mlp_norm, self.mlp = make_norm(config, config.n_embd), MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, rotary=None, cache=None, start=0):
+        x = x + self.dropout(self.attn(self.attn_norm(x), rotary, cache, start))  # the residual stream is x:
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))                       # blocks only ever add to it
+
+@dataclass
+class Cache:
+    """The keys and values of the first `length` tokens, (n_layer, 2, B, H_kv, block_size, D)."""
+    kv: torch.Tensor
+    length: int = 0
+
+class GPT(nn.Module):
+    """Ids (B, T) to logits over the next token (B, T, V)."""
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.positions = nn.Embedding(config.block_size, config.n_embd) if config.pos == "learned" else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = make_norm(config, config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie:
+            self.head.weight = self.embed.weight
+        if config.pos == "rope":
+            D = config.head_dim
+            angles = torch.outer(torch.arange(config.block_size), config.rope_theta ** (-torch.arange(0, D, 2) / D))
+            self.register_buffer("cos", angles.cos(), persistent=False)  # (block_size, D/2)
+            self.register_buffer("sin", angles.sin(), persistent=False)
+        self.checkpoint_activations = False
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Start where the first loss is ln(V): an untied head, and each block's two outputs, at zero; a tied head small,
+        with the 2 n_layer outputs that add up in the stream scaled down by sqrt(2 n_layer), as in GPT-2."""
+        c = self.config
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02 if c.tie else module.in_features ** -0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.embed.weight, std=0.02 if c.tie else 0.5)
+        if self.positions is not None:
+            nn.init.normal_(self.positions.weight, std=0.02)
+        for block in self.blocks:
+            for output in (block.attn.out, block.mlp.down):
+                output.weight.mul_((2 * c.n_layer) ** -0.5 if c.tie else 0.0)
+        if not c.tie:
+            self.head.weight.zero_()
+
+    def new_cache(self, B):
+        c = self.config
+        return Cache(self.embed.weight.new_zeros(c.n_layer, 2, B, c.n_kv_head, c.block_size, c.head_dim))
+
+    def forward(self, idx, targets=None, cache=None, last=False):
+        """idx (B, T) int64 -> (logits, loss). With targets (B, T), logits is None and loss the mean in nats, over targets
+        that are not -1. Without, loss is None and logits (B, T, V), or (B, 1, V) if `last`. With a cache, idx are the
+        tokens after those that it holds."""
+        start = cache.length if cache else 0
+        T = idx.size(1)
+        x = self.embed(idx)  # (B, T, C)
+        if self.positions is not None:
+            x = x + self.positions.weight[start:start + T]
+        x = self.dropout(x)
+        rotary = (self.cos[start:start + T], self.sin[start:start + T]) if self.config.pos == "rope" else None
+        for i, block in enumerate(self.blocks):
+            if self.checkpoint_activations and self.training:
+                x = torch.utils.checkpoint.checkpoint(block, x, rotary, use_reentrant=False)
+            else:
+                x = block(x, rotary, cache.kv[i] if cache else None, start)
+        if cache:
+            cache.length += T  # the position advances here and nowhere else
+        if targets is not None:
+            return None, head_loss(self.norm(x), self.head.weight, targets)
+        return self.head(self.norm(x[:, -1:] if last else x)), None
+
+class Bigram(nn.Module):
+    """The simplest language model: row i of a table holds the logits of what follows token i. It sees nothing else."""
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.table = nn.Embedding(config.vocab_size, config.vocab_size)
+        nn.init.zeros_(self.table.weight)
+
+    def new_cache(self, B):
+        return Cache(self.table.weight)
+
+    def forward(self, idx, targets=None, cache=None, last=False):
+        logits = self.table(idx[:, -1:] if last else idx)  # (B, T, V)
+        if cache:
+            cache.length += idx.size(1)
+        if targets is None:
+            return logits, None
+        return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+def head_loss(x, weight, targets):
+    """Mean cross-entropy of x (B, T, C) @ weight^T (C, V) against targets (B, T), of which -1 do not count."""
+    x, targets = x.flatten(0, 1), targets.flatten()
+    if not NO_KERNELS:
+        return kernels.linear_cross_entropy(x, weight, targets, ignore_index=-1)  # never holds all the logits
+    logits = F.linear(x, weight)
+    return F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, targets, ignore_index=-1)
+
+def build(config):
+    return GPT(config) if config.n_layer else Bigram(config)
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+# --- Data ------------------------------------------------------------------------------------------------------------
+# Text is read in pieces, cut into tokens once, and kept on disk as whole numbers, from where it is mapped into memory.
+
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+def cache_folder():
+    """$GPT_CACHE, else ~/.cache/gpt, else, where that cannot be written, a folder for this process alone."""
+    folder = Path(os.environ.get("GPT_CACHE") or Path.home() / ".cache" / "gpt")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        return folder
+    except OSError as e:
+        return temporary_folder(f"{folder}: {e.strerror}")
+
+@functools.cache
+def temporary_folder(reason):
+    folder = Path(tempfile.mkdtemp(prefix="gpt-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    notice(f"{reason}; tokens are kept in {folder} until this program ends")
+    return folder
+
+def download(url, sha256=None):
+    """Fetch an address into the cache folder, once; progress on stderr."""
+    path = cache_folder() / (hashlib.sha256(url.encode()).hexdigest()[:16] + "-" + Path(url.split("?")[0]).name)
+    if not path.exists():
+        notice(f"downloading {url}")
+        try:
+            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+        except (OSError, ValueError) as e:
+            raise Error(f"could not download {url} ({e}); with a file of your own: --data FILE") from None
+    if sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        path.unlink()
+        raise Error(f"what {url} sent is not the file that was expected; try again, or use --data FILE")
+    return path
+
+def find_files(data):
+    """The files that --data names, in the order given; folders and globs sorted."""
+    found = []
+    for name in data:
+        if re.match(r"https?://", name):
+            found.append(download(name))
+        elif os.path.isdir(name):
+            inside = sorted(p for p in Path(name).rglob("*") if re.search(r"\.(txt|jsonl)(\.gz)?$", p.name) and p.is_file())
+            if not inside:
+                raise Error(f"{name}: no .txt or .jsonl file (or .gz of one) in this folder")
+            found += inside
+        elif os.path.exists(name):
+            found.append(Path(name))
+        elif matches := sorted(p for p in glob.glob(name, recursive=True) if os.path.isfile(p)):
+            found += map(Path, matches)
+        elif name == "input.txt" and "__file__" in globals() and (beside := Path(__file__).with_name(name)).exists():
+            found.append(beside)
+        elif name == "input.txt":
+            notice("there is no input.txt here: using Tiny Shakespeare instead")
+            found.append(download(SHAKESPEARE, SHAKESPEARE_SHA256))
+        else:
+            raise Error(f"{name}: no such file, and no file matches it")
+    return found
+
+@contextlib.contextmanager
+def reading(path):
+    """What can go wrong in reading a file, in one line."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as e:
+        raise Error(f"{path}: {getattr(e, 'strerror', None) or e}") from None
+    except UnicodeDecodeError as e:
+        raise Error(f"{path}: not UTF-8 text (byte {e.start})") from None
+
+def documents(path):
+    """Each document of a file as an iterator over blocks of text: a .txt is one, each line of a .jsonl has one as `text`."""
+    with reading(path), gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        if ".jsonl" not in path.suffixes:
+            yield blocks(file, path)
+            return
+        for number, line in enumerate(file, 1):
+            try:
+                yield [json.loads(line)["text"] + ""]
+            except (ValueError, KeyError, TypeError):
+                if line.strip():
+                    raise Error(f"{path}: line {number} is not a JSON object with a `text`") from None
+
+def blocks(file, path):
+    """The text of a UTF-8 file a megabyte at a time; part of a character at a block's end waits for the next block."""
+    decoder, offset, block = codecs.getincrementaldecoder("utf-8")(), 0, None
+    while block != b"":
+        with reading(path):
+            block, waiting = file.read(1 << 20), len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as e:
+                e.start += offset - waiting
+                raise
+        yield text.removeprefix("\ufeff") if offset == 0 else text  # a byte-order mark is not text
+        offset += len(block)
+
+def pieces(paths, size=1 << 20):
+    """The text in pieces of about `size` characters, and None between documents. A piece ends only after a newline
+    between two characters that are not space, where no tokenizer here joins anything."""
+    first = True
+    for document in itertools.chain.from_iterable(map(documents, paths)):
+        if not first:
+            yield None
+        first, buffer = False, ""
+        for text in document:
+            buffer += text
+            cut = len(buffer) - 1 if len(buffer) >= size else 0
+            while cut > 1 and (buffer[cut - 1] != "\n" or buffer[cut].isspace() or buffer[cut - 2].isspace()):
+                cut = buffer.rfind("\n", 0, cut - 1) + 1
+            if cut > 1:
+                yield buffer[:cut]
+                buffer = buffer[cut:]
+        if buffer:
+            yield buffer
+
+def load_tokens(data, tokenizer="char", vocab_size=0):
+    """Tokenise files, or find that it was done before -> (tokens (N,) uint16 or uint32, tokenizer, checksum of tokens).
+    `tokenizer` is a tokenizer, or the kind of one to train or load; vocab_size is for bpe."""
+    paths, digest = find_files(data), hashlib.sha256(b"1")  # the number changes with the format of the cache
+    for path in paths:
+        digest.update(f"|{path.suffixes[-2:]}|".encode())
+        with reading(path), open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    def remembered(key, make):  # the object that is kept as JSON under a key, or else is made, and then kept
+        path = cache_folder() / (hashlib.sha256(digest.digest() + key.encode()).hexdigest()[:32] + ".json")
+        try:
+            return json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError):
+            value = make(path.with_suffix(".bin"))
+            write_whole(path, [json.dumps(value).encode()])
+            return value
+    if isinstance(tokenizer, str):
+        texts = (text for text in pieces(paths) if text is not None)
+        tokenizer = tokenizer_from(remembered(f"{tokenizer} {vocab_size}",
+                                              lambda _: make_tokenizer(tokenizer, texts, vocab_size).state()))
+    dtype = torch.uint16 if len(tokenizer.tokens) <= 1 << 16 else torch.uint32
+    about = remembered(json.dumps(tokenizer.state()), lambda path: tokenise(paths, tokenizer, path, dtype))
+    if about["count"] < 2:
+        raise Error(f"{', '.join(map(str, paths))}: too little text ({about['count']} tokens; two at least)")
+    return torch.from_file(about["path"], shared=False, size=about["count"], dtype=dtype), tokenizer, about["sha256"]
+
+def make_tokenizer(kind, texts, vocab_size):
+    if kind == "char":
+        return CharTokenizer.train(texts)
+    return BPETokenizer.gpt2() if kind == "gpt2" else BPETokenizer.train(texts, vocab_size or 1024)
+
+def tokenise(paths, tokenizer, path, dtype):
+    """Write the tokens of `paths` into the file `path`; returns what to remember of them."""
+    about, shown = {"count": 0, "path": str(path)}, time.monotonic()
+    digest = hashlib.sha256()
+    def raw_ids():
+        nonlocal shown
+        stream, between = pieces(paths), torch.tensor([] if tokenizer.eot is None else [tokenizer.eot], dtype=torch.int32)
+        while batch := list(itertools.islice(stream, 2 * os.cpu_count())):
+            encoded = iter(tokenizer.encode_batch([text for text in batch if text is not None]))
+            ids = torch.cat([between if text is None else next(encoded) for text in batch])
+            raw = bytearray(dtype.itemsize * len(ids))
+            if len(ids):
+                torch.frombuffer(raw, dtype=dtype).copy_(ids)
+            digest.update(raw)
+            about["count"] += len(ids)
+            yield raw
+            if time.monotonic() - shown > 2:
+                shown = time.monotonic()
+                notice(f"tokenising: {about['count'] / 1e6:.0f} million tokens so far")
+    write_whole(path, raw_ids())
+    return about | {"sha256": digest.hexdigest()}
+
+def write_whole(path, blocks):
+    """A file that is there whole or not at all: written under another name, put on the disk, and renamed."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.writelines(blocks)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        raise Error(f"{path} cannot be written: {e.strerror} (the cache can be elsewhere: GPT_CACHE=FOLDER)", 1) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+def split(tokens):
+    """The first nine tenths train, the rest validates; too little text to validate on gives an empty second part."""
+    n = max(2, int(0.9 * len(tokens)))
+    return tokens[:n], tokens[n:]
+
+def random_windows(tokens, T, shape, rank, seed, step):
+    """This process's windows (accum x batch, T + 1) of one step: T inputs each, which shifted by one are the targets.
+    `shape` is (accum, processes, batch). They are drawn by (seed, step) alone, so no run has to remember where it was."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    starts = torch.randint(len(tokens) - T, shape, generator=generator)[:, rank].flatten()  # its upper end is excluded
+    return torch.stack([tokens[i:i + T + 1] for i in starts.tolist()]).long()
+
+@torch.no_grad()
+def mean_loss(model, tokens, stride=None, batch_size=32, limit=None):
+    """Mean loss in nats over a text (N,), each of its N - 1 predictions once: windows of block_size, every `stride`
+    tokens; after the first, a window counts only what the one before it has not. At most `limit` windows, evenly spread."""
+    T, N = model.config.block_size, len(tokens)
+    T = min(T, N - 1)
+    stride = min(stride or T, T)
+    starts = torch.arange(0, max(1, N - 1 - T + stride), stride)
+    if limit and len(starts) > limit:
+        starts = starts[torch.linspace(0, len(starts) - 1, limit).long()]
+    device, training, total, counted = next(model.parameters()).device, model.training, 0.0, 0
+    model.eval()
+    for start in starts.split(batch_size):
+        at = start[:, None] + torch.arange(T + 1)
+        ids = tokens[at.clamp(max=N - 1)].long()
+        targets = ids[:, 1:].masked_fill(at[:, 1:] >= N, -1)
+        targets[start > 0, :T - stride] = -1
+        n = int((targets >= 0).sum())
+        total += model(ids[:, :-1].to(device), targets.to(device))[1].item() * n
+        counted += n
+    model.train(training)
+    return total / counted, counted
+
+# --- Training --------------------------------------------------------------------------------------------------------
+# Look at random windows of the text, measure the loss of every prediction in them, step against its gradient; again.
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised: for a matrix with singular values S in U S V^T, step along U V^T, which moves all its
+    directions equally. Newton-Schulz iterations find U V^T by products alone (Jordan et al., 2024,
+    kellerjordan.github.io/posts/muon). Matrices of one shape are stacked and go through them together."""
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = defaultdict(list)
+            for p in group["params"]:
+                shapes[p.shape].append(p)
+            for (rows, columns), params in shapes.items():
+                grad = torch.stack([p.grad for p in params])
+                state = self.state[params[0]]
+                momentum = state.setdefault("momentum", torch.zeros_like(grad))
+                momentum.lerp_(grad, 1 - group["momentum"])
+                update = orthogonalise(grad.lerp(momentum, group["momentum"]))  # Nesterov: look ahead by one step
+                lr = group["lr"] * max(1, rows / columns) ** 0.5
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, list(update.to(params[0].dtype).unbind()), alpha=-lr)
+
+def orthogonalise(x, steps=5):
+    """x (n, rows, columns) -> about the nearest matrices with all singular values 1 (they end between 0.7 and 1.2)."""
+    if x.is_cuda:
+        x = x.bfloat16()
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    for _ in range(steps):
+        xx = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(xx, xx, xx, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
+
+def make_optimizers(model, s):
+    """Muon for the blocks' matrices, AdamW for embeddings, head and vectors; or AdamW for all."""
+    hidden = [p for p in model.blocks.parameters() if p.dim() == 2] if s.optimizer == "muon" and model.config.n_layer else []
+    rest = [p for p in model.parameters() if all(p is not h for h in hidden)]
+    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": s.weight_decay},
+              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
+    betas = (0.8, 0.95) if hidden else (0.9, 0.95)
+    adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=s.lr, betas=betas, fused=rest[0].device.type != "mps")
+    optimizers = [adamw] + ([Muon(hidden, lr=10 * s.lr, weight_decay=s.weight_decay)] if hidden else [])
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+def lr_share(step, progress, warmup):
+    """The learning rate as a share of its peak: up over `warmup` steps, then down in a line to zero at the end."""
+    return min(1.0, (step + 1) / (warmup + 1)) * max(0.0, 1.0 - progress)
+
+def pick_device(name):
+    """auto -> cuda, mps or cpu, in that order."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise Error(f"--device {name} cannot be used: {str(e).splitlines()[0]}") from None
+    return device
+
+def pick_dtype(name, device):
+    """auto -> the precision that this device is fast in, and why."""
+    if name != "auto":
+        return getattr(torch, name), "as asked"
+    if device.type != "cuda" or torch.version.hip:
+        return torch.float32, f"auto on {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    dtype = torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else torch.float32
+    return dtype, f"auto on compute capability {major}.{minor}"
+
+def precision(device, dtype):
+    """Matrix products in `dtype`, the rest as autocast knows to be safe; float32 and float64 as they are."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    return torch.autocast(device.type, dtype) if half else contextlib.nullcontext()
+
+@contextlib.contextmanager
+def listening(run):
+    """Ctrl-C or SIGTERM: finish the step and save. A second one leaves at once."""
+    def stop(number, frame):
+        run.signal = number
+        put_back()
+    def put_back():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    handlers = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        put_back()
+
+def train(on_eval=None, started=None, **given):
+    """Train a model. Keyword arguments are the flags of `python gpt.py train`; returns the last metrics as a dict.
+    `on_eval(run)` is called after every evaluation and at steps 0, 1, 2, 4, 8, ...; time counts from `started`."""
+    given = check(given, Config, Training)
+    if {"steps", "minutes"} <= given.keys():
+        raise Error("--steps and --minutes: give one of them")
+    with contextlib.ExitStack() as stack:
+        run = Run(given, started or time.monotonic(), stack)
+        stack.enter_context(listening(run))
+        return run.loop(on_eval)
+
+class Run:
+    """A training run. `loop` says what it does; the methods after it say how; those before it make it ready."""
+
+    def __init__(self, given, started, stack):
+        self.out, self.started, self.signal, self.saved_at = Path(given.get("out", "out")), started, 0, time.monotonic()
+        self.step, self.skipped, self.busy, self.reserve, self.seconds_before = 0, 0, 0.0, 0.0, 0.0
+        self.history, self.last = [], {"train_loss": None, "lr": 0.0, "grad_norm": None}
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = pick_device(given.get("device", "auto"))
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            stack.callback(dist.destroy_process_group)
+        if self.rank == 0:
+            stack.enter_context(locked(self.out))
+        settings, checkpoint, weights, tokenizer = settle(given, self.device)
+        config, training = parts(settings, Config, Training)
+        self.s = Training(**training)
+        self.read_data(config, tokenizer, new=weights is None)
+        if checkpoint and checkpoint["data"]["fingerprint"] != self.fingerprint:
+            raise Error(f"--resume: the run in {self.out} was trained on other data than {', '.join(self.s.data)}")
+        self.make_model(Config(**config), weights)
+        if checkpoint:
+            self.restore(checkpoint)
+        if self.rank == 0:
+            for name in ("best.pt", "ckpt.pt", "ckpt.prev.pt") if not checkpoint else ():
+                (self.out / name).unlink(missing_ok=True)
+            for name in ("log.jsonl", "probe.jsonl"):
+                keep_lines(self.out / name, self.step)
+        self.progress = max(0, self.step - 1) / self.s.steps if self.s.steps else 0.0
+        self.begun, self.logged = (self.progress, time.monotonic()), (self.step, 0.0)
+
+    def read_data(self, config, tokenizer, new):
+        s = self.s
+        if self.rank:  # the first process tokenises; the others wait, and find it done
+            dist.barrier()
+        tokens, self.tokenizer, self.fingerprint = load_tokens(s.data, tokenizer or s.tokenizer, config.get("vocab_size", 0))
+        if self.world > 1 and self.rank == 0:
+            dist.barrier()
+        self.train_tokens, self.val_tokens = split(tokens)
+        V, asked, block_size = len(self.tokenizer.tokens), config.get("vocab_size"), config.get("block_size", Config.block_size)
+        self.T = min(block_size, len(self.train_tokens) - 1)
+        if self.T < block_size:
+            notice(f"the text has {len(self.train_tokens)} tokens to train on, so the context shrinks to {self.T}")
+        if asked and asked != V:
+            if tokenizer or s.tokenizer != "bpe":
+                raise Error(f"--vocab-size {asked}: this tokenizer has {V} tokens")
+            notice(f"the text has no more pairs to join: the vocabulary ends at {V}")
+        if new:
+            config.update(vocab_size=V, block_size=self.T)
+
+    def make_model(self, config, weights):
+        s = self.s
+        torch.manual_seed(s.seed)
+        self.raw = build(config)
+        if weights:
+            self.raw.load_state_dict(weights)
+        self.dtype, why = pick_dtype(s.dtype, self.device)
+        self.raw.to(self.device, torch.float64 if self.dtype == torch.float64 else torch.float32)
+        self.raw.checkpoint_activations = s.checkpoint_activations
+        attention = use_attention(self.raw, s.attention, self.dtype)
+        self.optimizers = make_optimizers(self.raw, s)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.micro = s.batch_size  # sequences in one forward pass
+        self.model = self.raw
+        if s.compile == "on" or (s.compile == "auto" and self.device.type == "cuda"):
+            self.model = compiled(self.raw, self.windows(0)[:s.batch_size, 1:].to(self.device), precision(self.device, self.dtype))
+        if self.world > 1:
+            self.model = nn.parallel.DistributedDataParallel(self.model)
+        if self.rank == 0:
+            say(f"{self.device}, {str(self.dtype)[6:]} ({why}), {attention}\n{count(self.raw):,} parameters, {config.vocab_size:,} "
+                f"tokens in the vocabulary: a model that knows nothing has a loss of {math.log(config.vocab_size):.2f}")
+
+    def restore(self, checkpoint):
+        self.raw.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer"]):
+            optimizer.load_state_dict(state)
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        self.step, self.seconds_before = checkpoint["step"], checkpoint["seconds"]
+        self.history, self.last = checkpoint["history"], checkpoint["last"]
+
+    def loop(self, on_eval):
+        while True:
+            before, self.progress = self.progress, self.agree()
+            done = self.progress >= 1
+            def due(every, times):  # every so many steps, or else so many times in a run
+                return self.step % every == 0 if every else int(before * times) < int(self.progress * times)
+            evaluating = not self.signal and (done or self.step == 0 or due(self.s.eval_every, 10))
+            if self.rank == 0:
+                if evaluating:
+                    self.evaluate()
+                if evaluating or due(None, 500):
+                    self.log(evaluating)
+                if on_eval and (evaluating or (self.step & (self.step - 1) == 0 and not self.signal)):
+                    on_eval(self)
+                if done or self.signal or due(self.s.save_every, 10) or time.monotonic() - self.saved_at > 300:
+                    self.save(final=done or self.signal)
+            if done or self.signal:
+                return self.finish()
+            begun = time.monotonic()
+            self.update()
+            self.busy += time.monotonic() - begun
+
+    def agree(self):
+        """The share of the run that is behind us. All processes take the first one's clock, and stop at the same step."""
+        s, left = self.s, 60 * (self.s.minutes or 0) - self.reserve
+        progress = self.step / s.steps if s.steps else self.seconds() / left if left > 0 else 1.0
+        if self.world > 1:
+            both = torch.tensor([progress if self.rank == 0 else 0.0, self.signal], dtype=torch.float64, device=self.device)
+            dist.all_reduce(both, dist.ReduceOp.MAX)
+            progress, self.signal = both[0].item(), int(both[1].item())
+        return progress
+
+    def seconds(self):
+        return self.seconds_before + time.monotonic() - self.started
+
+    def windows(self, step):
+        shape = self.s.accum, self.world, self.s.batch_size
+        return random_windows(self.train_tokens, self.T, shape, self.rank, self.s.seed, step)
+
+    def update(self):
+        """One step: the gradient of the loss over batch_size x accum x processes random windows, then the optimizers.
+        All chance in it comes from (seed, step, rank), so a resumed run repeats it exactly."""
+        s, rate = self.s, lr_share(self.step, self.progress, self.s.warmup)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate
+        torch.manual_seed(s.seed + 7919 * self.step + 104_729 * self.rank)  # for dropout
+        try:
+            loss = self.backward(self.windows(self.step))
+        except torch.OutOfMemoryError:
+            if self.step or self.micro == 1 or self.world > 1:
+                raise Error("out of memory: try --batch-size half as large with --accum twice as large, "
+                            "--checkpoint-activations, a smaller --block-size or --size", 1) from None
+            self.micro = (self.micro + 1) // 2
+            notice(f"out of memory: trying {self.micro} sequences at a time; a step still sees as many")
+            loss = torch.tensor(0.0)
+            return self.zero_grad()
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(self.raw.parameters(), s.grad_clip or math.inf)
+        loss, norm = torch.stack((loss, norm.to(loss))).tolist()
+        self.skipped = 0 if math.isfinite(loss + norm) else self.skipped + 1
+        if not self.skipped:
+            for optimizer in self.optimizers:
+                optimizer.step()
+        elif self.skipped == 20:
+            raise Error("20 steps in a row had no finite loss and gradient: try a lower --lr, a longer --warmup or --dtype float32; "
+                        f"the last checkpoint in {self.out} is from before", 1)
+        elif not self.scaler.is_enabled():  # in float16 it is how the scaler finds the largest scale that works
+            notice(f"step {self.step}: the loss or its gradient is not finite; the step is skipped")
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        self.zero_grad()
+        self.step += 1
+        self.last = {"train_loss": loss, "lr": s.lr * rate, "grad_norm": norm}
+
+    def backward(self, windows):
+        """Accumulate the gradient of the mean loss over windows (rows, T + 1); returns that loss."""
+        total, passes = torch.zeros((), device=self.device), windows.split(self.micro)
+        for rows in passes:
+            x, y = rows[:, :-1].to(self.device), rows[:, 1:].to(self.device)
+            if self.world > 1:  # gradients travel between the processes once, in the last pass
+                self.model.require_backward_grad_sync = rows is passes[-1]
+            with precision(self.device, self.dtype):
+                loss = self.model(x, y)[1] * (len(rows) / len(windows))
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total / self.world
+
+    def zero_grad(self):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def evaluate(self):
+        """The validation loss, over windows that are always the same. The best model so far is kept."""
+        begun, val = time.monotonic(), None
+        best = min((loss for step, loss in self.history if loss is not None and step < self.step), default=math.inf)
+        if len(self.val_tokens) > 1:
+            with precision(self.device, self.dtype):
+                tokens = 1 << (15 if self.device.type == "cpu" else 18)
+                val, _ = mean_loss(self.raw, self.val_tokens, batch_size=self.s.batch_size, limit=max(1, tokens // self.T))
+            recent = [loss for _, loss in self.history[-3:]] + [val]
+            if len(recent) == 4 and all(a < b for a, b in zip(recent, recent[1:])):
+                notice(f"the validation loss rose three times in a row: the model begins to memorise; best.pt has {best:.4f}")
+        self.history = [h for h in self.history if h[0] < self.step] + [(self.step, val)]
+        if val is not None and val < best and self.step:
+            self.save_as("best.pt", self.state())
+        self.reserve = 1.25 * (time.monotonic() - begun) + 0.5  # seconds that the last evaluation and saving will take
+
+    def log(self, evaluated):
+        """A line of log.jsonl for programs, and one of progress for people."""
+        per_step, (logged, busy) = self.s.batch_size * self.s.accum * self.world * self.T, self.logged
+        speed = round((self.step - logged) * per_step / (self.busy - busy)) if self.step > logged else None
+        self.logged = self.step, self.busy
+        line = {"step": self.step, "tokens": self.step * per_step, "seconds": round(self.seconds(), 3), **self.last,
+                "tokens_per_second": speed, "memory_mb": memory_mb(self.device)}
+        val = self.history[-1][1] if self.history else None
+        with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line | {"val_loss": val} if evaluated else line) + "\n")
+        if evaluated or sys.stdout.isatty():
+            share = min(1.0, self.progress)
+            left = (time.monotonic() - self.begun[1]) / max(1e-9, share - self.begun[0]) * (1 - share)
+            text = (f"[{'#' * int(20 * share):.<20}] step {self.step}  train {show(self.last['train_loss'])}  val {show(val)}" +
+                    (f"  {speed:,} tokens/s  {int(left) // 60}:{int(left) % 60:02d} left" if speed else ""))
+            say("\r\x1b[K" + text if sys.stdout.isatty() else text, end="\n" if evaluated else "")
+
+    def state(self):
+        """What a checkpoint holds for sampling; `save` adds what only training needs."""
+        return {"format": FORMAT, "model": self.raw.state_dict(), "tokenizer": self.tokenizer.state(), "step": self.step,
+                "settings": {"config": asdict(self.raw.config), "training": asdict(self.s)},
+                "val_loss": self.history[-1][1] if self.history else None}
+
+    def save(self, final):
+        self.saved_at = time.monotonic()
+        self.save_as("ckpt.pt", self.state() | {
+            "optimizer": [optimizer.state_dict() for optimizer in self.optimizers], "scaler": self.scaler.state_dict(),
+            "rng": self.s.seed, "data": {"fingerprint": self.fingerprint, "position": self.step},
+            "seconds": self.seconds(), "history": self.history, "last": self.last}, final)
+
+    def save_as(self, name, state, final=False):
+        try:
+            save_checkpoint(state, self.out / name)
+        except OSError as e:
+            if final:
+                raise Error(f"the last checkpoint could not be saved: {e}", 1) from None
+            notice(f"{e}; training goes on")
+
+    def finish(self):
+        where = "" if str(self.out) == "out" else f" --out {shlex.quote(str(self.out))}"
+        if self.rank == 0 and self.signal:
+            notice(f"stopped at step {self.step} and saved; to go on: python gpt.py train --resume{where}")
+        elif self.rank == 0:
+            say(f"done in {self.seconds():.0f} seconds; now: python gpt.py sample{where}")
+        return {"step": self.step, **self.last, "val_loss": self.history[-1][1] if self.history else None,
+                "seconds": self.seconds(), "signal": self.signal}
+
+# --- Checkpoints -----------------------------------------------------------------------------------------------------
+# A dict of tensors and plain values: no code runs when it is opened, and it opens on any device.
+
+FORMAT = 1  # a higher number comes from a newer gpt.py
+MAY_CHANGE = {"out", "resume", "overwrite", "data", "steps", "minutes", "device", "dtype", "attention", "compile",
+              "checkpoint_activations", "eval_every", "save_every", "probe"}  # what --resume may be given
+
+def settle(given, device):
+    """-> (settings, checkpoint, weights, tokenizer) of a run: one that goes on, a new one, or one from others' weights.
+    An explicit flag beats --size, which beats --arch, which beats the defaults."""
+    out = Path(given.get("out", Source.out))
+    held = any((out / name).exists() for name in ("ckpt.pt", "ckpt.prev.pt", "best.pt"))
+    if given.get("resume") or (held and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"):
+        checkpoint = load_run(out, "ckpt.pt", "ckpt.prev.pt")
+        settings = checkpoint["settings"]["config"] | checkpoint["settings"]["training"]
+        for name in given.keys() - MAY_CHANGE:
+            if given[name] != settings[name]:
+                raise Error(f"--resume: the run in {out} has {flag(name)} {settings[name]}, not {given[name]}")
+        if given.keys() & {"steps", "minutes"}:
+            settings.update(steps=None, minutes=None)
+        return settings | given, checkpoint, checkpoint["model"], tokenizer_from(checkpoint["tokenizer"])
+    if held and not given.get("overwrite"):
+        run = load_run(out, "ckpt.pt", "ckpt.prev.pt", "best.pt")
+        raise Error(f"{out} holds a run (step {run['step']}, validation loss {show(run['val_loss'])}): --resume goes on with it, "
+                    "--out OTHER starts another beside it, --overwrite replaces it")
+    arch, size = given.get("arch", Training.arch), given.get("size", "auto")
+    size = ("tiny" if device.type == "cpu" else "baby") if size == "auto" else size
+    settings = ARCHS[arch] | SIZES[size] | (ARCHS["bigram"] if arch == "bigram" else {})  # it has no layers at any size
+    if "minutes" in given:
+        del settings["steps"]
+    settings |= given | {"size": size}
+    if not given.get("init"):
+        return settings, None, None, None
+    model, tokenizer = load_model(given["init"])
+    need_tokenizer(tokenizer, given["init"])
+    inherited = asdict(model.config) | {"dropout": given.get("dropout", 0.0)}
+    for name in given.keys() & inherited.keys():
+        if given[name] != inherited[name]:
+            raise Error(f"--init {given['init']} has {flag(name)} {inherited[name]}, not {given[name]}")
+    lr = given.get("lr", settings.get("lr", Training.lr) / 10)
+    return settings | inherited | {"lr": lr}, None, model.state_dict(), tokenizer
+
+def save_checkpoint(state, path):
+    """Write to a temporary file, see it on the disk, rename: whatever happens, a whole file is there. The ckpt.pt before
+    becomes ckpt.prev.pt."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.name == "ckpt.pt" and path.exists():
+            os.replace(path, path.with_name("ckpt.prev.pt"))
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # RuntimeError is torch's for a full disk
+        temporary.unlink(missing_ok=True)
+        need = sum(t.nbytes for t in state["model"].values()) * (3 if "optimizer" in state else 1)
+        raise OSError(f"{path} could not be written ({getattr(e, 'strerror', None) or 'writing failed'}): it needs about "
+                      f"{need / 1e6:.0f} MB, and {shutil.disk_usage(path.parent).free / 1e6:.0f} MB are free") from None
+
+def read_checkpoint(path):
+    """A checkpoint as a dict, on the CPU. Its checksums are verified first, which torch.load does not do."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(item.compress_type for item in archive.infolist()) or archive.testzip():
+                raise ValueError
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["format"] > FORMAT:
+            raise Error(f"{path}: written by a newer gpt.py (format {checkpoint['format']}; this one reads up to {FORMAT})")
+        return checkpoint
+    except (FileNotFoundError, PermissionError, Error) as e:
+        raise e if isinstance(e, Error) else Error(f"{path}: {e.strerror}") from None
+    except Exception:  # a damaged file may fail in any way
+        raise Error(f"{path}: not a checkpoint of gpt.py, or damaged") from None
+
+def load_run(folder, *names):
+    """The first of a folder's checkpoints that can be read; a line for each that cannot."""
+    present = [folder / name for name in names or ("best.pt", "ckpt.pt", "ckpt.prev.pt") if (folder / name).exists()]
+    if not present:
+        raise Error(f"{folder}: no run to be found in this folder; `python gpt.py train` makes one")
+    for path in present:
+        try:
+            return read_checkpoint(path)
+        except Error as e:
+            if path == present[-1]:
+                raise
+            notice(f"{e}; reading the one before it")
+
+def from_checkpoint(checkpoint, name):
+    try:
+        model = build(Config(**checkpoint["settings"]["config"]))
+        model.load_state_dict(checkpoint["model"])
+        return model.eval(), tokenizer_from(checkpoint["tokenizer"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as e:
+        raise Error(f"{name}: a checkpoint whose parts do not fit together ({str(e).splitlines()[0]})") from None
+
+def need_tokenizer(tokenizer, name):
+    if tokenizer is None:
+        raise Error(f"{name}: its tokenizer is none that gpt.py can read")
+
+def keep_lines(path, step):
+    """Cut a log's lines at `step` and after: a run that goes on from there writes them again."""
+    kept = []
+    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):  # a line half written when its process died
+            if json.loads(line)["step"] < step:
+                kept.append(line + "\n")
+    path.write_text("".join(kept), "utf-8")
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold a folder for this process. The operating system lets go of it when the process dies, however it dies."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+    except OSError as e:
+        raise Error(f"--out {folder}: {e.strerror}") from None
+    with file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Error(f"--out {folder}: another run is writing there") from None
+        yield
+
+def compiled(model, x, context):
+    """The model compiled by torch, if a first pass forward and back works; else as it was, and a line that says why."""
+    try:
+        fast = torch.compile(model)
+        with context:
+            loss = fast(x, x)[1]
+        loss.backward()
+    except Exception as e:  # a compiler may fail in any way; training does not need it
+        notice(f"torch.compile does not work here ({(str(e).strip() or repr(e)).splitlines()[0][:100]}); going on without")
+        fast = model
+    model.zero_grad(set_to_none=True)
+    return fast
+
+def memory_mb(device):
+    """The most memory that was in use, of the GPU or else of the process, in megabytes; None where it is not told."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e6)
+    try:
+        import resource
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3))
+    except ImportError:
+        return None
+
+# --- Sampling --------------------------------------------------------------------------------------------------------
+# Ask the model for the distribution of the next token, draw one from it, append it, and ask again.
+
+def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Draw (B,) ids from logits (B, V). On the CPU in float32, so that every device draws the same from the same."""
+    logits = logits.float().cpu()
+    if not logits.isfinite().all():
+        raise Error("the model's logits are not finite: it was trained too fast, or half precision is too coarse for it", 1)
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits, V = logits / temperature, logits.size(-1)
+    top_k = top_k if top_k < V else 0
+    if not top_k and top_p >= 1:
+        return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+    values, ids = logits.topk(top_k or min(V, 1024), dim=-1)  # likeliest first
+    probs = (values - (values if top_k else logits).logsumexp(dim=-1, keepdim=True)).exp()
+    if not top_k and probs.sum(dim=-1).min() < top_p:  # rare, and slow for a large vocabulary: sort all of it
+        values, ids = logits.sort(dim=-1, descending=True)
+        probs = values.softmax(dim=-1)
+    probs[probs.cumsum(dim=-1) - probs >= top_p] = 0.0  # top-p: a token stays if those before it have less than p
+    return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+
+@torch.inference_mode()
+def generate(model, idx, tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, use_cache=True):
+    """Continue idx (B, T) by up to `tokens` tokens, yielding each as ids (B,) on the CPU. When a new token finds the
+    context full, the newest block_size // 2 tokens become the context, with a cache or without."""
+    block_size = model.config.block_size
+    idx = new = idx[:, -block_size:]
+    cache = model.new_cache(len(idx)) if use_cache else None
+    for _ in range(tokens):
+        logits, _ = model(new if use_cache else idx, cache=cache, last=True)  # (B, 1, V)
+        ids = sample_next(logits[:, -1], temperature, top_k, top_p, generator)
+        yield ids
+        new = ids[:, None].to(idx.device)
+        idx = torch.cat((idx, new), dim=1)
+        if idx.size(1) > block_size:
+            idx = new = idx[:, -max(1, block_size // 2):]
+            if use_cache:
+                cache.length = 0
+
+def stream_text(tokenizer, ids, stop=""):
+    """Ids one by one -> text piece by piece: never half a character, nothing of `stop` nor after it."""
+    decoder, held = codecs.getincrementaldecoder("utf-8")("replace"), ""
+    for i in itertools.chain(ids, [None]):
+        held += decoder.decode(tokenizer.tokens[i]) if i is not None else decoder.decode(b"", final=True)
+        if stop and stop in held:
+            yield held[:held.index(stop)]
+            return
+        begun = next(n for n in range(len(stop), -1, -1) if held.endswith(stop[:n])) if i is not None else 0
+        yield held[:len(held) - begun]  # what may be the beginning of `stop` waits for the next token
+        held = held[len(held) - begun:]
+
+def sample(**given):
+    """Generate text: prints it as it comes, and returns the list of texts, each with its prompt. Keyword arguments are the
+    flags of `python gpt.py sample`."""
+    s = Sampling(**check(given, Sampling))
+    if not 0 < s.top_p <= 1:
+        raise Error(f"--top-p {s.top_p} must be above 0 and at most 1")
+    model, tokenizer = open_model(s)
+    prompt, ids = read_prompt(s.prompt, tokenizer)
+    if len(ids) > model.config.block_size:
+        notice(f"the prompt has {len(ids)} tokens; the model sees the newest {model.config.block_size}")
+    if not len(ids):  # begin as a document does, or a line
+        ids = torch.tensor([tokenizer.eot]) if tokenizer.eot else tokenizer.encode("\n" if "\n" in tokenizer.chars else tokenizer.chars[0])
+    idx = ids.long().expand(s.num, -1).to(next(model.parameters()).device)
+    made, begun, generator = 0, time.monotonic(), torch.Generator().manual_seed(s.seed)
+    def rows():
+        nonlocal made
+        ended = torch.zeros(s.num, dtype=torch.bool)
+        for row in generate(model, idx, s.tokens, s.temperature, s.top_k, s.top_p, generator, s.cache):
+            made += s.num
+            ended |= row == (-1 if tokenizer.eot is None else tokenizer.eot)
+            if ended.all():
+                return
+            yield row.tolist()
+    columns = [(row[0] for row in rows())] if s.num == 1 else list(zip(*rows())) or [()] * s.num
+    texts = []
+    for n, column in enumerate(columns):
+        texts.append(prompt)
+        say("---\n" * (n > 0) + prompt, end="")
+        for text in stream_text(tokenizer, itertools.takewhile(lambda i: i != tokenizer.eot, column), s.stop):
+            say(text, end="")
+            texts[-1] += text
+        say("")
+    notice(f"{made / max(1e-9, time.monotonic() - begun):,.0f} tokens/s")
+    return texts
+
+def read_prompt(prompt, tokenizer):
+    """--prompt -> (text, ids (T,)). What the vocabulary lacks is named and left out."""
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    elif prompt.startswith("@"):
+        with reading(prompt[1:]):
+            prompt = Path(prompt[1:]).read_text("utf-8")
+    prompt = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if unknown := tokenizer.unknown(prompt):
+        notice(f"left out of the prompt, for the model has never seen them: {unknown}")
+        prompt = "".join(c for c in prompt if c in tokenizer.chars)
+    return prompt, tokenizer.encode(prompt, special=True)
+
+def open_model(s):
+    """The model that --init or --out names -> (model, tokenizer), on its device and in its precision."""
+    device = pick_device(s.device)
+    model, tokenizer = load_model(s.init) if s.init else from_checkpoint(load_run(Path(s.out)), s.out)
+    need_tokenizer(tokenizer, s.init)
+    dtype, _ = pick_dtype(s.dtype, device)
+    model.to(device, dtype)
+    use_attention(model, s.attention, dtype)
+    return model, tokenizer
+
+def evaluate(**given):
+    """Loss of a model over a text, each token predicted once -> dict. Keyword arguments are the flags of `eval`."""
+    s = Evaluation(**check(given, Evaluation))
+    model, tokenizer = open_model(s)
+    if not s.data and s.init:
+        raise Error("eval --init needs --data")
+    data = s.data or load_run(Path(s.out))["settings"]["training"]["data"]
+    tokens = load_tokens(data, tokenizer)[0]
+    tokens = tokens if s.data else split(tokens)[1]
+    if len(tokens) < 2:
+        raise Error("fewer than two tokens to evaluate on")
+    loss, counted = mean_loss(model, tokens, s.stride, s.batch_size)
+    lengths = torch.tensor([len(token) * (i != tokenizer.eot) for i, token in enumerate(tokenizer.tokens)])
+    count_bytes = sum(int(lengths[part.long()].sum()) for part in tokens[1:].split(1 << 20))
+    result = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": loss * counted / math.log(2) / max(1, count_bytes),
+              "tokens": counted, "stride": min(s.stride or math.inf, model.config.block_size)}
+    say(json.dumps(result) if s.json else f"loss {loss:.4f} nats, perplexity {result['perplexity']:.3f}, "
+        f"{result['bits_per_byte']:.4f} bits per byte ({counted:,} tokens, stride {result['stride']})")
+    return result
+
+# --- Command line ----------------------------------------------------------------------------------------------------
+
+def say(text, end="\n"):
+    """Print at once. If nobody reads stdout any more, go on in silence."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+def load_model(source, device="cpu"):
+    """Open whatever --init accepts -> (model, tokenizer)."""
+    path = Path(source)
+    model, tokenizer = from_checkpoint(load_run(path) if path.is_dir() else read_checkpoint(path), source)
+    return model.to(device), tokenizer
+
+def notice(text):
+    print(f"gpt.py: {text}", file=sys.stderr, flush=True)
+
+def show(loss):
+    return "-" if loss is None else f"{loss:.4f}"
+
+COMMANDS = {
+    "train": (train, (Config, Training), "train a model"),
+    "sample": (sample, (Sampling,), "generate text from a trained model"),
+    "eval": (evaluate, (Evaluation,), "measure a model's loss on a text"),
+}
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise Error(message)
+
+def parse(argv):
+    """Arguments -> (function, settings given). `--n-layer 4`, `--n-layer=4` and `--n_layer 4` are the same."""
+    parser = Parser(prog="gpt.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (_, classes, help) in COMMANDS.items():
+        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        for f in {f.name: f for cls in classes for f in fields(cls)}.values():
+            default = "" if f.default in (None, "", ()) else f" [{' '.join(f.default) if f.type is list else f.default}]"
+            about = {"help": f.metadata["help"].replace("%", "%%") + default}
+            if f.type is bool:
+                sub.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, **about)
+            else:
+                sub.add_argument(flag(f.name), metavar=f.type.__name__.upper(), nargs="+" if f.type is list else None, **about)
+    argv = [re.sub("_", "-", a.split("=")[0]) + a[len(a.split("=")[0]):] if a.startswith("--") else a for a in argv]
+    given, unknown = parser.parse_known_args(argv)
+    given = vars(given)
+    function, classes, _ = COMMANDS[given.pop("command")]
+    for word in unknown:
+        if word.startswith("--"):
+            check({word[2:].split("=")[0].replace("-", "_"): None}, *classes)
+        raise Error(f"{word!r} was not expected here")
+    return function, given
+
+def main(argv=None):
+    """Run a command; returns the exit code: 0 done, 2 the request was wrong, 1 it failed, 130 or 143 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        function, given = parse(sys.argv[1:] if argv is None else argv)
+        result = function(**given, **({"started": LOADED} if function is train else {}))
+        return 128 + result["signal"] if function is train and result["signal"] else 0
+    except Error as e:
+        notice(f"error: {e}")
+        return e.code
+    except KeyboardInterrupt:
+        return 130
+
+if __name__ == "__main__":
+    if "__file__" not in globals() and {"IPython", "ipykernel"} & sys.modules.keys():
+        print("gpt.py is ready. To learn a text: train(minutes=3), or train(data='my.txt', steps=500)\n"
+              "Then to write more of it: sample(tokens=500), or sample(prompt='To be', temperature=0.7)")
+    else:
+        sys.exit(main())
