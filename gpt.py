@@ -865,7 +865,12 @@ def train(on_eval=None, started=None, **given):
         torch.set_float32_matmul_precision("medium" if not torch.cuda.is_available() else "high")
         run = Run(given, started or time.monotonic(), stack)
         stack.enter_context(listening(run))
-        return run.loop(on_eval)
+        try:
+            return run.loop(on_eval)
+        except RuntimeError as e:
+            if run.world == 1:
+                raise
+            raise Error(f"process {run.rank} lost another process of this run ({str(e).splitlines()[0][:100]})", 1) from None
 
 class Run:
     """A training run. `loop` says what it does; the methods after it say how; those before it make it ready."""
@@ -1000,8 +1005,9 @@ class Run:
             if self.step or self.micro == 1 or self.world > 1:
                 raise Error("out of memory: try --batch-size half as large with --accum twice as large, "
                             "--checkpoint-activations, a smaller --block-size or --size", 1) from None
-            self.micro = (self.micro + 1) // 2
+            loss, self.micro = None, (self.micro + 1) // 2
             notice(f"out of memory: trying {self.micro} sequences at a time; a step still sees as many")
+        if loss is None:  # try again, now that the exception no longer holds on to the memory
             self.zero_grad()
             return self.update()
         for optimizer in self.optimizers:
@@ -1420,7 +1426,7 @@ COMMANDS = {
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise Error(message)
+        raise Error(f"{message} (--help lists what there is)")
 
 def parse(argv):
     """Arguments -> (function, settings given). `--n-layer 4`, `--n-layer=4` and `--n_layer 4` are the same."""
