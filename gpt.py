@@ -21,7 +21,7 @@ The default model differs from GPT-2 in what has proved itself since, and `--arc
 import time
 LOADED = time.monotonic()  # `--minutes` counts from here, so that the seconds it takes to load torch are included
 import argparse, atexit, codecs, contextlib, difflib, functools, glob, gzip, hashlib, itertools, json, math, os, re, shlex
-import shutil, signal, sys, tempfile, threading, warnings, zipfile, zlib
+import shutil, signal, sys, tempfile, threading, unicodedata, warnings, zipfile, zlib
 from array import array
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, fields
@@ -92,9 +92,13 @@ class Config:
 
 @dataclass
 class Source:
-    """Where a model comes from and where it runs."""
+    """Where a model comes from."""
     out: str = setting("out", "folder of the run")
     init: str = setting("", "start from: a checkpoint, a run's folder, a Hugging Face folder, gpt2, gpt2-medium, -large, -xl")
+
+@dataclass
+class Machine(Source):
+    """And where it runs."""
     device: str = setting("auto", "auto (cuda, else mps, else cpu) or a torch device")
     dtype: str = setting("auto", "precision; auto: bfloat16 or float16 on a GPU that is fast in it, else float32",
                          choices="auto float32 bfloat16 float16 float64")
@@ -102,7 +106,7 @@ class Source:
     seed: int = setting(1337, "the same seed gives the same run")
 
 @dataclass
-class Training(Source):
+class Training(Machine):
     data: list = setting(("input.txt",), "files (.txt, .jsonl, .gz), folders, globs or http(s) addresses")
     size: str = setting("auto", "auto: tiny on a CPU, baby elsewhere",
                         choices="auto tiny baby gpt2 gpt2-medium gpt2-large gpt2-xl")
@@ -126,7 +130,7 @@ class Training(Source):
     overwrite: bool = setting(False, "replace the run in --out")
 
 @dataclass
-class Sampling(Source):
+class Sampling(Machine):
     prompt: str = setting("", "text to go on from; @FILE reads a file, - stdin")
     tokens: int = setting(500, "tokens to generate")
     temperature: float = setting(0.8, "0 always takes the likeliest; 1 samples the model's own distribution")
@@ -137,7 +141,7 @@ class Sampling(Source):
     cache: bool = setting(True, "keep keys and values of earlier tokens (the KV cache)")
 
 @dataclass
-class Evaluation(Source):
+class Evaluation(Machine):
     data: list = setting((), "text to evaluate on (default: the validation split of the run's data)")
     stride: int = setting(None, "tokens between windows (default: the context; smaller is slower and kinder)", 1)
     batch_size: int = setting(32, "windows per forward pass", 1)
@@ -234,14 +238,17 @@ class CharTokenizer:
         return {"kind": "char", "chars": self.chars}
 
 class BPETokenizer:
-    """Byte-pair encoding: any text can be written; tiktoken does the merging. The last token ends a text.
-    `tokens` are bytes in the order in which merges made them, the first 256 being single bytes."""
+    """Byte-pair encoding: any text can be written; tiktoken does the merging. `tokens` are bytes in the order in which
+    merges made them; `special` has names and ids of those that stand for no text, the first of which ends one."""
     kind = "bpe"
 
-    def __init__(self, tokens, pattern=GPT2_PATTERN):
-        self.tokens, self.pattern, self.eot = tokens, pattern, len(tokens) - 1
-        self.encoding = tiktoken().Encoding("gpt.py", pat_str=pattern, special_tokens={"<|endoftext|>": self.eot},
-                                            mergeable_ranks={token: rank for rank, token in enumerate(tokens[:-1])})
+    def __init__(self, tokens, pattern=GPT2_PATTERN, special=None, nfc=False):
+        self.tokens, self.pattern, self.special = tokens, pattern, special or {"<|endoftext|>": len(tokens) - 1}
+        self.eot, self.nfc = next(iter(self.special.values())), nfc
+        self.clean = functools.partial(unicodedata.normalize, "NFC") if nfc else str
+        self.ranks = {token: i for i, token in enumerate(tokens) if token and i not in self.special.values()}
+        self.encoding = tiktoken().Encoding("gpt.py", pat_str=pattern, special_tokens=self.special,
+                                            mergeable_ranks=self.ranks)
 
     @classmethod
     def gpt2(cls):
@@ -299,18 +306,19 @@ class BPETokenizer:
 
     def encode(self, text, special=False):
         """Ids of a text as an int32 tensor (T,). `<|endoftext|>` is ordinary text, or one token if `special`."""
-        allowed = {"<|endoftext|>"} if special else set()
+        allowed, text = set(self.special) if special else set(), self.clean(text)
         return torch.tensor(self.encoding.encode(text, allowed_special=allowed, disallowed_special=()), dtype=torch.int32)
 
     def encode_batch(self, texts):
-        batch = self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+        batch = self.encoding.encode_ordinary_batch([self.clean(text) for text in texts], num_threads=os.cpu_count())
         return [torch.frombuffer(array("i", ids), dtype=torch.int32) for ids in batch if ids]
 
     def unknown(self, text):
         return ""
 
     def state(self):
-        return {"kind": "bpe", "pattern": self.pattern, "tokens": [token.decode("latin-1") for token in self.tokens]}
+        return {"kind": "bpe", "pattern": self.pattern, "tokens": [token.decode("latin-1") for token in self.tokens],
+                "special": self.special, "nfc": self.nfc}
 
 def tiktoken():
     try:
@@ -322,7 +330,8 @@ def tiktoken():
 def tokenizer_from(state):
     if state["kind"] == "char":
         return CharTokenizer(state["chars"])
-    return BPETokenizer([token.encode("latin-1") for token in state["tokens"]], state["pattern"])
+    return BPETokenizer([token.encode("latin-1") for token in state["tokens"]], state["pattern"],
+                        state.get("special"), state.get("nfc", False))
 
 # --- Model -----------------------------------------------------------------------------------------------------------
 # Each token becomes a vector, the residual stream. Every block reads it and adds to it: attention brings in what earlier
@@ -557,15 +566,17 @@ def temporary_folder(reason):
     notice(f"{reason}; tokens are kept in {folder} until this program ends")
     return folder
 
-def download(url, sha256=None):
+def download(url, sha256=None, path=None):
     """Fetch an address into the cache folder, once; progress on stderr."""
-    path = cache_folder() / (hashlib.sha256(url.encode()).hexdigest()[:16] + "-" + Path(url.split("?")[0]).name)
+    instead = f"put the file there yourself: {path}" if path else "with a file of your own: --data FILE"
+    path = path or cache_folder() / (hashlib.sha256(url.encode()).hexdigest()[:16] + "-" + Path(url.split("?")[0]).name)
     if not path.exists():
         notice(f"downloading {url}")
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
         except (OSError, ValueError) as e:
-            raise Error(f"could not download {url} ({e}); with a file of your own: --data FILE") from None
+            raise Error(f"could not download {url} ({e}); {instead}") from None
     if sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         path.unlink()
         raise Error(f"what {url} sent is not the file that was expected; try again, or use --data FILE")
@@ -715,7 +726,7 @@ def write_whole(path, blocks):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as e:
-        raise Error(f"{path} cannot be written: {e.strerror} (the cache can be elsewhere: GPT_CACHE=FOLDER)", 1) from None
+        raise Error(f"{path} cannot be written: {e.strerror}", 1) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1397,6 +1408,289 @@ def evaluate(**given):
         f"{result['bits_per_byte']:.4f} bits per byte ({counted:,} tokens, stride {result['stride']})")
     return result
 
+# --- Weights in and out ----------------------------------------------------------------------------------------------
+# Hugging Face's transformers knows three of the architectures that these settings can make. One table says what the
+# settings and weights of each are called there, and serves both directions; its files need no package of theirs.
+
+def words(text):
+    return dict(pair.split("=") for pair in text.split())
+
+LLAMA = dict(
+    name="LlamaForCausalLM", prefix="model.", block="layers.{}.", must=dict(hidden_act="silu"),
+    ours=dict(pos="rope", norm="rms", mlp="swiglu", qk_norm=False, bias=False, tie=False, norm_eps=1e-6,
+              rope_theta=1e4),
+    settings=words("""vocab_size=vocab_size block_size=max_position_embeddings n_layer=num_hidden_layers
+        n_embd=hidden_size n_head=num_attention_heads n_kv_head=num_key_value_heads head_dim=head_dim
+        mlp_hidden=intermediate_size rope_theta=rope_theta norm_eps=rms_norm_eps tie=tie_word_embeddings"""),
+    parts=words("""embed=embed_tokens norm=norm head=lm_head attn_norm=input_layernorm mlp_norm=post_attention_layernorm
+        attn.q=self_attn.q_proj attn.k=self_attn.k_proj attn.v=self_attn.v_proj attn.out=self_attn.o_proj
+        attn.q_norm=self_attn.q_norm attn.k_norm=self_attn.k_norm
+        mlp.gate=mlp.gate_proj mlp.up=mlp.up_proj mlp.down=mlp.down_proj"""))
+FAMILIES = {  # `ours` makes it here, or is the default; `must` is what else its config.json has to say, or leave out
+    "gpt2": dict(
+        name="GPT2LMHeadModel", prefix="transformer.", block="h.{}.", ours=ARCHS["gpt2"],
+        must=dict(activation_function="gelu_new", scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False),
+        settings=words("""vocab_size=vocab_size block_size=n_positions n_layer=n_layer n_embd=n_embd n_head=n_head
+            mlp_hidden=n_inner norm_eps=layer_norm_epsilon tie=tie_word_embeddings"""),
+        parts=words("""embed=wte positions=wpe norm=ln_f head=lm_head attn_norm=ln_1 mlp_norm=ln_2 attn.q=attn.c_attn
+            attn.k=attn.c_attn attn.v=attn.c_attn attn.out=attn.c_proj mlp.up=mlp.c_fc mlp.down=mlp.c_proj""")),
+    "llama": LLAMA | dict(settings=LLAMA["settings"] | dict(bias="attention_bias mlp_bias")),  # our one bias is both
+    "qwen3": LLAMA | dict(name="Qwen3ForCausalLM", ours=LLAMA["ours"] | dict(qk_norm=True, head_dim=128),
+                          must=dict(hidden_act="silu", attention_bias=False, use_sliding_window=False))}
+
+def config_in(about):
+    """A config.json's dict -> (model_type, Config); what would be computed differently here is refused."""
+    kind, values = str(about.get("model_type")), {}
+    if kind not in FAMILIES:
+        raise Error(f"model_type {kind} is not one of {', '.join(FAMILIES)}")
+    rope = about.get("rope_parameters") or about.get("rope_scaling") or {}  # transformers 5, 4
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default" or rope.keys() - {"rope_type", "type", "rope_theta"}:
+        raise Error(f"RoPE of type {rope_type} with {', '.join(rope)} is not supported, only the default type")
+    about = {name: value for name, value in (about | rope).items() if value is not None}
+    for name, value in FAMILIES[kind]["must"].items():
+        if about.get(name, value) != value:
+            raise Error(f"{name} {about[name]} is not supported, only {value}")
+    for ours, theirs in FAMILIES[kind]["settings"].items():
+        said = {about[name] for name in theirs.split() if name in about}
+        if len(said) > 1 or not said and ours in ("vocab_size", "block_size", "n_layer", "n_embd", "n_head"):
+            raise Error(f"{theirs.replace(' ', ' and ')}: {'they differ' if said else 'missing'}")
+        values.update({ours: value for value in said})
+    return kind, Config(**check(FAMILIES[kind]["ours"] | values, Config))
+
+def config_out(config):
+    """A Config -> (model_type, config.json's dict); a setting that transformers cannot express is refused."""
+    mine = asdict(config)
+    def odd(family):
+        wanted = {"n_kv_head": config.n_head, "head_dim": config.n_embd / config.n_head} | family["ours"]
+        return [item for item in wanted.items() if item[0] not in family["settings"] and mine[item[0]] != item[1]]
+    kind, family = min(FAMILIES.items(), key=lambda item: len(odd(item[1])))
+    for name, value in odd(family) + [("n_layer", "at least 1")] * (config.n_layer < 1):
+        raise Error(f"export: {flag(name)} {mine[name]} has no equal: in {family['name']}, the nearest, it is {value}")
+    about = {theirs: mine[ours] for ours, names in family["settings"].items() for theirs in names.split()}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}} if kind != "gpt2" else {}
+    return kind, {"model_type": kind, "architectures": [family["name"]], **family["must"], **about, **rope}
+
+def their_weights(model, kind):
+    """Their names, without the prefix that some files leave out -> ([our parameters, stacked], whether transposed)."""
+    family, weights = FAMILIES[kind], {}
+    for name, p in model.named_parameters():  # a tied head is the embedding, and not listed again
+        block, part, end = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)", name).groups()
+        theirs = (family["block"].format(block) if block else "") + family["parts"][part] + "." + end
+        turned = kind == "gpt2" and block is not None and p.dim() == 2  # its Conv1D holds a Linear's matrix transposed
+        weights.setdefault(theirs, ([], turned))[0].append(p)
+    return weights
+
+def stack(parts, turned):
+    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return whole.mT if turned else whole
+
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+               "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+               "BOOL": torch.bool}
+
+def read_safetensors(path):
+    """{name: tensor}. Eight bytes say how long the header is; it is JSON; the tensors follow without gaps. The file is
+    mapped into memory, so a tensor is read from the disk when it is used, and not before."""
+    with open(path, "rb") as file:
+        size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+        if not 8 + length <= size or length > 1 << 24:  # real headers are below a megabyte
+            raise ValueError(f"a header of {length} bytes in a file of {size}")
+        header = json.loads(file.read(length))
+    data, tensors, at = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8), {}, 8 + length
+    header.pop("__metadata__", None)
+    for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape, begin = SAFETENSORS[about["dtype"]], about["shape"], at
+        at += math.prod(shape[:8]) * dtype.itemsize
+        if about["data_offsets"] != [begin - 8 - length, at - 8 - length] or at > size or len(shape) > 8:
+            raise ValueError(f"the place or shape of {name}")
+        raw = data[begin:at]  # in old files it may begin at an odd byte, where no view of numbers can
+        tensors[name] = (raw if begin % dtype.itemsize == 0 else raw.clone()).view(dtype).view(shape)
+    if at != size:
+        raise ValueError(f"{size} bytes, where the header speaks of {at}")
+    return tensors
+
+def write_safetensors(path, weights):
+    """weights: {name: a function that makes the tensor}, so that no second copy of the model is held."""
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, make in weights.items():
+        shape, begin = list(make().shape), at
+        at += 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, at]}
+    def raw(tensor):
+        data = bytearray(4 * tensor.numel())
+        torch.frombuffer(data, dtype=torch.float32).copy_(tensor.detach().reshape(-1))
+        return data
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # numbers begin at a multiple of their size
+    write_whole(path, itertools.chain([len(text).to_bytes(8, "little"), text], (raw(w()) for w in weights.values())))
+
+def read_weights(folder):
+    """{name: tensor} of one file, or of the several that an index names."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index, files, tensors = folder / (name + ".index.json"), [], {}
+        if (folder / name).exists():
+            files = [name]
+        elif index.exists():
+            files = sorted(set(read_json(index)["weight_map"].values()))
+        for path in [folder / Path(file).name for file in files]:
+            try:
+                tensors |= read_safetensors(path) if name == "model.safetensors" else torch.load(
+                    path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            except Exception as e:  # a damaged file can fail in any way
+                raise Error(f"{path.name} is damaged or unreadable ({type(e).__name__}: {str(e)[:99]!r})") from None
+        if files:
+            return {re.sub(r"^(transformer|model)\.", "", name): tensor for name, tensor in tensors.items()}
+    raise Error("neither model.safetensors nor pytorch_model.bin is in this folder")
+
+def read_json(path):
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        raise Error(f"{path.name}: {getattr(e, 'strerror', None) or 'not a JSON object'}") from None
+
+@torch.no_grad()
+def load_folder(source):
+    """A Hugging Face folder, or the name of a GPT-2 -> (model, tokenizer, None if none here does exactly the same)."""
+    folder, again = Path(source), ""
+    if source in GPT2_SIZES:
+        (L, H, C), folder = GPT2_SIZES[source], cache_folder() / source
+        download(f"https://huggingface.co/openai-community/{source}/resolve/main/model.safetensors",
+                 path=folder / "model.safetensors")
+        again = " (delete what is there, to download it again)"
+    try:
+        gpt2 = again and dict(model_type="gpt2", vocab_size=50257, n_positions=1024, n_layer=L, n_head=H, n_embd=C)
+        about = gpt2 or read_json(folder / "config.json")
+        kind, config = config_in(about)
+        found = read_weights(folder)
+        if not 0 < config.n_layer <= len(found) or config.block_size > 1 << 24:
+            raise Error("config.json and the weights do not fit together")
+        with torch.device("meta"):  # shapes without memory: a wrong config.json costs none
+            wanted = {name: stack(*parts).shape for name, parts in their_weights(GPT(config), kind).items()}
+        for name in wanted | found:
+            if name in wanted or not re.search(r"\.attn\.(masked_)?bias$|\.inv_freq$|^lm_head\.weight$", name):
+                has, wants = found[name].shape if name in found else "missing", wanted.get(name, "not known")
+                if has != wants or not found[name].is_floating_point():
+                    raise Error(f"{name} is {has}; in numbers, in a {kind} with this config.json, it is {wants}")
+        model = GPT(config).eval()
+        for name, (parts, turned) in their_weights(model, kind).items():
+            rows = found[name].mT if turned else found[name]
+            for p, part in zip(parts, rows.split([len(p) for p in parts])):
+                p.copy_(part)
+        return model, read_tokenizer(folder, kind, config.vocab_size, about.get("eos_token_id"))
+    except (Error, TypeError, AttributeError, KeyError, RuntimeError) as e:
+        raise Error(f"{folder}: {str(e).splitlines()[0]}{again}") from None
+
+QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+                r"\s*[\r\n]+|\s+(?!\S)|\s+")
+PATTERNS = (GPT2_PATTERN, QWEN_PATTERN, QWEN_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|"))  # the last is Llama 3's
+
+def letters():
+    """tokenizer.json writes a byte as one character: itself where Latin-1 shows something, else U+0100 and up."""
+    shown = [b for b in range(256) if chr(b).isprintable() and b != 32]
+    return dict(zip(shown + [b for b in range(256) if b not in shown], map(chr, shown + list(range(256, 512)))))
+
+def merges(ranks):
+    """The two halves that byte-pair encoding makes each token from, None if it never does. They depend on the token's
+    bytes alone; so if a file lists these merges, in this order, tiktoken does the same with every text."""
+    for token in sorted((token for token in ranks if len(token) > 1), key=ranks.get):
+        halves, rank = [token[i:i + 1] for i in range(len(token))], 0
+        while len(halves) > 2 and rank < math.inf:
+            rank, i = min((ranks.get(a + b, math.inf), i) for i, (a, b) in enumerate(zip(halves, halves[1:])))
+            halves[i:i + 2] = [halves[i] + halves[i + 1]]
+        yield halves if rank < math.inf else None
+
+def tokenizer_out(tokenizer):
+    """A tokenizer -> tokenizer.json's dict. One of characters is byte-pair encoding without bytes and without pairs."""
+    special, decoder, steps, nfc = {}, {"type": "Fuse"}, None, getattr(tokenizer, "nfc", False)
+    model = {"vocab": {token.decode("utf-8", "replace"): i for i, token in enumerate(tokenizer.tokens)}, "merges": []}
+    if tokenizer.kind == "bpe":
+        special, letter, plain = tokenizer.special, letters(), tokenizer.pattern == GPT2_PATTERN  # ByteLevel has it
+        cut = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
+        decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": plain}
+        steps = {"type": "Sequence", "pretokenizers": [decoder] if plain else [cut, decoder]}
+        spell = {token: "".join(letter[b] for b in token) for token in tokenizer.ranks}
+        model = {"vocab": {spell[token]: i for token, i in tokenizer.ranks.items()} | special, "ignore_merges": True,
+                 "merges": [f"{spell[pair[0]]} {spell[pair[1]]}" for pair in merges(tokenizer.ranks) if pair]}
+    added = [{"id": i, "content": name, "special": True, "normalized": False, "single_word": False, "lstrip": False,
+              "rstrip": False} for name, i in special.items()]
+    return {"version": "1.0", "added_tokens": added, "normalizer": {"type": "NFC"} if nfc else None,
+            "pre_tokenizer": steps, "model": {"type": "BPE", **model}, "decoder": decoder}
+
+def essence(file):
+    """What in a tokenizer.json's dict decides which ids a text has; odd is whatever has no equal here."""
+    def steps(part):
+        return part.get("pretokenizers") or part.get("processors") or [part] if part else []
+    model, added = file["model"], file.get("added_tokens") or []
+    odd = [model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")]
+    odd += [token.get(key) for token in added for key in ("single_word", "lstrip", "rstrip")]
+    odd += [step.get("special_tokens") for step in steps(file.get("post_processor"))]  # put around every text
+    cut = [{"use_regex": True} | step | {"trim_offsets": True} for step in steps(file.get("pre_tokenizer"))]
+    return dict(type=model["type"], vocab=model["vocab"] | {token["content"]: token["id"] for token in added}, cut=cut,
+                merges=[pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]], odd=any(odd),
+                normalizer=file.get("normalizer"), decoder=file["decoder"]["type"])
+
+def read_tokenizer(folder, kind, V, eot):
+    """The tokenizer of V tokens that, written out again, would be this folder's; None if there is no such one."""
+    if (folder / "tokenizer.json").exists():
+        file = read_json(folder / "tokenizer.json")
+    elif kind == "gpt2" and (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        vocab, lines = read_json(folder / "vocab.json"), (folder / "merges.txt").read_text("utf-8").splitlines()
+        file = {"model": {"type": "BPE", "vocab": vocab, "merges": [line for line in lines if line[:8] != "#version"]},
+                "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}, "decoder": {"type": "ByteLevel"},
+                "added_tokens": [{"content": "<|endoftext|>", "id": vocab.get("<|endoftext|>")}]}
+    else:
+        return BPETokenizer.gpt2() if V == 50257 else None
+    try:
+        theirs, letter, tokens = essence(file), {c: b for b, c in letters().items()}, [b""] * V
+        if theirs["decoder"] == "Fuse":
+            tokenizer, exact = CharTokenizer("".join(theirs["vocab"])), len(theirs["vocab"]) == V
+        else:
+            special = {token["content"]: token["id"] for token in file["added_tokens"]}
+            ends = [name for name in special if name == "<|endoftext|>"] + [n for n, i in special.items() if i == eot]
+            for name, i in theirs["vocab"].items():
+                tokens[i] = name.encode() if name in special else bytes(letter[c] for c in name)
+            pattern, ids = theirs["cut"][0].get("pattern", {"Regex": GPT2_PATTERN})["Regex"], theirs["vocab"].values()
+            if pattern not in PATTERNS or max(map(len, tokens)) > 512 or not all(special):
+                return None
+            if len({*ids} & {*range(V)}) < len(ids):
+                return None
+            tokenizer = BPETokenizer(tokens, pattern, {ends[0]: special[ends[0]]} | special, bool(theirs["normalizer"]))
+            exact = all(bytes([b]) in tokenizer.ranks for b in range(256))
+            exact &= bool(file["model"].get("ignore_merges")) or None not in merges(tokenizer.ranks)
+        return tokenizer if exact and essence(tokenizer_out(tokenizer)) == theirs else None
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError):
+        return None if tiktoken() else None  # not in silence where only tiktoken is missing
+
+@dataclass
+class Export(Source):
+    folder: str = setting("", "folder to write, new or empty")
+
+def export(**given):
+    """Write a folder from which transformers loads the same model and tokenizer."""
+    s = Export(**check(given, Export))
+    folder = Path(s.folder)
+    if not s.folder or os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise Error(f"export: {folder} is there already; name a new or an empty folder")
+    model, tokenizer = load_model(s.init or os.path.abspath(s.out))  # a path, so that --out gpt2 is a folder
+    (kind, about), eot = config_out(model.config), getattr(tokenizer, "eot", None)
+    files = {"config.json": about | {"torch_dtype": "float32", "bos_token_id": eot, "eos_token_id": eot}}
+    if tokenizer:
+        end = {key: tokenizer.tokens[eot].decode() for key in ("bos_token", "eos_token")} if eot is not None else {}
+        files |= {"tokenizer.json": tokenizer_out(tokenizer), "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.block_size,
+            "clean_up_tokenization_spaces": False, **end}}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise Error(f"export: {folder} cannot be made: {e.strerror}") from None
+    write_safetensors(folder / "model.safetensors", {
+        FAMILIES[kind]["prefix"] * (name != "lm_head.weight") + name: functools.partial(stack, *parts)
+        for name, parts in their_weights(model, kind).items()})
+    for name in reversed(files):  # config.json last: what is there without it is no model
+        write_whole(folder / name, [json.dumps(files[name], indent=1).encode()])
+    say(f"{folder}: model.safetensors, {', '.join(files)}")
+
 # --- Command line ----------------------------------------------------------------------------------------------------
 
 def say(text, end="\n"):
@@ -1409,7 +1703,10 @@ def say(text, end="\n"):
 def load_model(source, device="cpu"):
     """Open whatever --init accepts -> (model, tokenizer)."""
     path = Path(source)
-    model, tokenizer = from_checkpoint(load_run(path) if path.is_dir() else read_checkpoint(path), source)
+    if source in GPT2_SIZES or (path / "config.json").is_file():
+        model, tokenizer = load_folder(source)
+    else:
+        model, tokenizer = from_checkpoint(load_run(path) if path.is_dir() else read_checkpoint(path), source)
     return model.to(device), tokenizer
 
 def notice(text):
@@ -1422,6 +1719,7 @@ COMMANDS = {
     "train": (train, (Config, Training), "train a model"),
     "sample": (sample, (Sampling,), "generate text from a trained model"),
     "eval": (evaluate, (Evaluation,), "measure a model's loss on a text"),
+    "export": (export, (Export,), "write a Hugging Face folder"),
 }
 
 class Parser(argparse.ArgumentParser):
@@ -1437,7 +1735,9 @@ def parse(argv):
         for f in {f.name: f for cls in classes for f in fields(cls)}.values():
             default = "" if f.default in (None, "", ()) else f" [{' '.join(f.default) if f.type is list else f.default}]"
             about = {"help": f.metadata["help"].replace("%", "%%") + default}
-            if f.type is bool:
+            if f.name == "folder":
+                sub.add_argument(f.name, metavar="DIR", **about)
+            elif f.type is bool:
                 sub.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, **about)
             else:
                 sub.add_argument(flag(f.name), metavar=f.type.__name__.upper(), nargs="+" if f.type is list else None, **about)

@@ -1,7 +1,9 @@
 """Tests of gpt.py and kernels.py: `python -m pytest -q`. Quick, without network, in temporary folders."""
-import gzip, io, json, math, os, pickle, re, signal, subprocess, sys, time, types
+import ctypes, doctest, gzip, importlib.util, io, itertools, json, math, os, pickle, random, re, shutil, signal, struct
+import subprocess, sys, tempfile, time, types
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 import torch.nn.functional as F
@@ -622,6 +624,481 @@ def test_eval_is_the_direct_sum_and_knows_bytes(trained, capsys):
     Path("odd.txt").write_text("that is ß")
     assert "xdf" in refused(capsys, "eval", "--out", trained, "--data", "odd.txt")
 
+# --- Weights in and out ----------------------------------------------------------------------------------------------
+# Held against Hugging Face's transformers, where that is installed.
+
+STRANGE = ("Hello, world! I'LL we'Ve don't \t tabs\r\n\r\n\n  12345 3.14 naïve café 日本語 👩‍👩‍👧 ﬁ ſ'ſ \u00a0\u2003x\u0085y\u200b e\u0301"
+           " \x00\x7f ١٢٣ Ⅷ x²  \n \n   <|endoftext|>Ünïcödé   end  ")
+
+@pytest.fixture
+def transformers():
+    return pytest.importorskip("transformers", reason="transformers, the reference for these tests, is not installed")
+
+@pytest.fixture
+def gpt2_tokenizer():
+    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("TIKTOKEN_CACHE_DIR is not set, and a test does not download")
+    return gpt.BPETokenizer.gpt2()
+
+# model_type, what differs from the small model below: odd sizes everywhere; GQA, tied and untied, biases where a type has them
+THEIRS = [
+    ("gpt2", {}), ("gpt2", dict(n_inner=21)), ("gpt2", dict(tie_word_embeddings=False, layer_norm_epsilon=1e-3)),
+    ("llama", {}), ("llama", dict(num_key_value_heads=5)), ("llama", dict(tie_word_embeddings=True, num_key_value_heads=5)),
+    ("llama", dict(attention_bias=True, mlp_bias=True)), ("llama", dict(head_dim=6, rms_norm_eps=1e-3, rope_theta=123.0)),
+    ("qwen3", {}), ("qwen3", dict(tie_word_embeddings=True, num_key_value_heads=5)), ("qwen3", dict(head_dim=14, rope_theta=1e6)),
+]
+
+def theirs(transformers, kind, changes, folder, dtype=None, **saving):
+    """A random model of transformers with no weight at its starting value, saved in a folder."""
+    common = dict(vocab_size=131, bos_token_id=None, eos_token_id=None)
+    if kind == "gpt2":
+        config = transformers.GPT2Config(**common | dict(n_positions=37, n_embd=15, n_layer=3, n_head=5) | changes)
+    else:
+        make = transformers.LlamaConfig if kind == "llama" else transformers.Qwen3Config
+        config = make(**common | dict(hidden_size=30, intermediate_size=17, num_hidden_layers=3, num_attention_heads=5,
+                                      num_key_value_heads=1, max_position_embeddings=37) | ({"head_dim": 8} if kind == "qwen3" else {}) | changes)
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape) * 0.15)
+    (model.to(dtype) if dtype else model).save_pretrained(folder, **saving)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
+
+def close(a, b):
+    return (a - b).abs().max() <= 1e-4 * b.abs().max()
+
+@torch.no_grad()
+def same_model(ours, model):
+    """Logits equal, greedy text equal: theirs by whole forward passes, ours through the KV cache."""
+    idx = torch.randint(ours.config.vocab_size, (3, min(19, ours.config.block_size)), generator=torch.Generator().manual_seed(2))
+    assert close(ours(idx)[0], model(idx).logits)
+    text = idx[:1, :4]
+    for _ in range(12):
+        text = torch.cat((text, model(text).logits[:, -1].argmax(-1, keepdim=True)), 1)
+    assert [int(i) for i in gpt.generate(ours, idx[:1, :4], 12, temperature=0)] == text[0, 4:].tolist()
+
+def run_folder(folder, config, tokenizer, seed=3):
+    """A run's folder with a random model, every weight away from its starting value."""
+    torch.manual_seed(seed)
+    model = gpt.build(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape) * 0.15)
+    folder.mkdir()
+    torch.save({"format": gpt.FORMAT, "model": model.state_dict(), "tokenizer": tokenizer.state(), "step": 0, "val_loss": None,
+                "settings": {"config": gpt.asdict(config), "training": {}}}, folder / "best.pt")
+    return model
+
+def same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+def error(function, *args, **given):
+    with pytest.raises(gpt.Error) as caught:
+        function(*args, **given)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500 and caught.value.code in (1, 2)
+    return str(caught.value)
+
+# --- from transformers
+
+@pytest.mark.parametrize("kind, changes", THEIRS, ids=str)
+def test_logits_of_their_models(transformers, tmp_path, kind, changes):
+    model = theirs(transformers, kind, changes, tmp_path / "a")
+    ours, tokenizer = gpt.load_model(str(tmp_path / "a"))
+    assert tokenizer is None
+    same_model(ours, model)
+
+@pytest.mark.parametrize("kind, changes", THEIRS, ids=str)
+def test_round_trip_is_bit_equal(transformers, tmp_path, kind, changes):
+    model = theirs(transformers, kind, changes, tmp_path / "a")
+    gpt.export(init=tmp_path / "a", folder=tmp_path / "b")
+    same_weights(model, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b"))
+    same_weights(gpt.load_model(tmp_path / "a")[0], gpt.load_model(tmp_path / "b")[0])
+
+def test_gpt2_defaults(transformers, tmp_path):
+    """GPT2Config's own activation (the tanh GELU), epsilon, positions and tied head; only the size is small."""
+    same_model(gpt.load_model(_gpt2_default(transformers, tmp_path))[0],
+               transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a"))
+
+def _gpt2_default(transformers, tmp_path):
+    config = transformers.GPT2Config(n_embd=24, n_layer=2, n_head=3, vocab_size=300)
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(8)
+    model.save_pretrained(tmp_path / "a")
+    return str(tmp_path / "a")
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions(transformers, tmp_path, dtype):
+    model = theirs(transformers, "llama", {}, tmp_path / "a", dtype)
+    ours, _ = gpt.load_model(tmp_path / "a")
+    assert ours.embed.weight.dtype == torch.float32
+    same_model(ours, model)
+
+def test_sharded(transformers, tmp_path):
+    model = theirs(transformers, "qwen3", {}, tmp_path / "a", max_shard_size="10KB")
+    assert len(list((tmp_path / "a").glob("model-*.safetensors"))) > 2 and not (tmp_path / "a" / "model.safetensors").exists()
+    same_model(gpt.load_model(tmp_path / "a")[0], model)
+    next((tmp_path / "a").glob("model-00002*")).unlink()
+    assert "model-00002" in error(gpt.load_model, tmp_path / "a")
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_weights_and_old_names(transformers, tmp_path, zipped):
+    """The oldest GPT-2 files: no prefix, the causal mask among the weights, no head; pickled in either of torch's ways."""
+    model = theirs(transformers, "gpt2", {}, tmp_path / "a")
+    (tmp_path / "a" / "model.safetensors").unlink()
+    old = {name.removeprefix("transformer."): p for name, p in model.state_dict().items() if "lm_head" not in name}
+    for i in range(3):
+        old |= {f"h.{i}.attn.bias": torch.ones(1, 1, 37, 37).tril(), f"h.{i}.attn.masked_bias": torch.tensor(-1e4)}
+    torch.save(old, tmp_path / "a" / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    same_model(gpt.load_model(tmp_path / "a")[0], model)
+
+def test_a_pickle_runs_no_code(tmp_path):
+    class Bad:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+    (tmp_path / "config.json").write_text(json.dumps(dict(model_type="gpt2", vocab_size=9, n_positions=9, n_layer=1, n_embd=4, n_head=2)))
+    torch.save({"wte.weight": Bad()}, tmp_path / "pytorch_model.bin")
+    error(gpt.load_model, tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+@pytest.mark.parametrize("spelling", ["rope_theta", "rope_parameters", "neither"])
+def test_rope_theta_in_both_spellings(transformers, tmp_path, spelling):
+    theta = 10000.0 if spelling == "neither" else 345.0
+    model = theirs(transformers, "llama", {"rope_theta": theta}, tmp_path / "a")
+    path = tmp_path / "a" / "config.json"
+    about = json.loads(path.read_text())
+    for name in ("rope_theta", "rope_parameters", "rope_scaling"):
+        about.pop(name, None)
+    about |= {"rope_theta": {"rope_theta": theta, "rope_scaling": None}, "neither": {},
+              "rope_parameters": {"rope_parameters": {"rope_theta": theta, "rope_type": "default"}}}[spelling]
+    path.write_text(json.dumps(about))
+    ours, _ = gpt.load_model(tmp_path / "a")
+    assert ours.config.rope_theta == theta
+    same_model(ours, model)
+
+REFUSED = [
+    ("gpt2", {"activation_function": "relu"}, "activation_function"), ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+    ("gpt2", {"n_head": 4}, "divisible"), ("gpt2", {"n_layer": 4}, "missing"), ("gpt2", {"n_layer": 2}, "not known"),
+    ("gpt2", {"n_layer": 10 ** 9}, "fit"), ("gpt2", {"n_layer": 0}, "fit"), ("gpt2", {"n_layer": "x"}, "--n-layer"), ("gpt2", {"n_layer": []}, ""),
+    ("gpt2", {"vocab_size": 130}, "wte.weight"), ("gpt2", {"n_embd": None}, "n_embd"), ("gpt2", {"vocab_size": 10 ** 18}, ""),
+    ("gpt2", {"tie_word_embeddings": False}, "lm_head.weight"), ("gpt2", {"model_type": "mamba"}, "mamba"), ("gpt2", {"model_type": []}, ""),
+    ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}}, "llama3"),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}, "linear"),
+    ("llama", {"rope_parameters": 3}, ""), ("llama", {"max_position_embeddings": 10 ** 15}, ""),
+    ("llama", {"hidden_act": "gelu"}, "hidden_act"), ("llama", {"mlp_bias": True}, "mlp_bias"), ("llama", {"model_type": "qwen3"}, "norm"),
+    ("qwen3", {"attention_bias": True}, "attention_bias"), ("qwen3", {"use_sliding_window": True}, "use_sliding_window"),
+]
+
+@pytest.mark.parametrize("kind, changes, says", REFUSED, ids=str)
+def test_refused_configs(transformers, tmp_path, kind, changes, says):
+    theirs(transformers, kind, {}, tmp_path / "a")
+    path = tmp_path / "a" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert says in error(gpt.load_model, tmp_path / "a")
+
+# --- safetensors
+
+def packed(header, body=b"", length=None):
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(header) if length is None else length) + header + body
+
+def damaged(whole):
+    """100 files, none of which is a whole one."""
+    length = struct.unpack("<Q", whole[:8])[0]
+    header, body = json.loads(whole[8:8 + length]), whole[8 + length:]
+    r = random.Random(0)
+    for n in [0, 1, 7, 8, 9, len(whole) - 1] + r.sample(range(10, len(whole) - 1), 19):
+        yield whole[:n]
+    for n in [0, 1, 2, length - 1, length + 1, len(whole), 1 << 24, 1 << 31, (1 << 63) - 1, (1 << 64) - 1]:
+        yield struct.pack("<Q", n) + whole[8:]
+    for text in (b"[]", b"null", b"3", b'"x"', b"[" * 100_000, b"{" * 100_000, b"\xff\xfe", b"{}", b'{"a": NaN}', b'{"a": {}}'):
+        yield packed(text, body)
+    names = [name for name in header if name != "__metadata__"]
+    changes = [("dtype", value) for value in ("F8", "", None, 3, [], "F16", "F64", "I64", "U8")]
+    changes += [("shape", value) for value in (None, 3, "x", [], [1], [-1, -1], [1 << 62, 1 << 62], [10 ** 400], [1.0], [True], [[1]], [1] * 99, [None])]
+    changes += [("data_offsets", value) for value in (None, [], [0], [0, 1], [0, 1, 2], [-4, 4], [1 << 70, 1 << 71], ["0", "4"], [4, 0], [0.5, 1], {}, 5)]
+    for key, value in changes:
+        yield packed(header | {r.choice(names[1:]): header[names[1]] | {key: value}}, body)
+    for name in r.sample(names, 9):
+        yield packed({n: a for n, a in header.items() if n != name}, body)  # a hole
+    for name in r.sample(names, 4):
+        yield packed(header | {"more": header[name]}, body)  # two in one place
+    yield packed(header, body + b"\0" * 4)
+    yield packed(header | {"gap": {"dtype": "F32", "shape": [1], "data_offsets": [len(body) + 4, len(body) + 8]}}, body + b"\0" * 8)
+    for name in r.sample(names, 6):
+        yield packed({n.replace(name, name + "x"): a for n, a in header.items()}, body)  # whole, but of another model
+    for _ in range(2):
+        yield bytes(r.randrange(256) for _ in range(300))
+
+def test_a_hundred_damaged_files(tmp_path, capfd):
+    config = dict(model_type="gpt2", vocab_size=11, n_positions=7, n_layer=1, n_embd=6, n_head=2)
+    model = run_folder(tmp_path / "run", gpt.config_in(config)[1], gpt.CharTokenizer("abcdefghijk"))
+    gpt.export(out=tmp_path / "run", folder=tmp_path / "a")
+    path = tmp_path / "a" / "model.safetensors"
+    whole = path.read_bytes()
+    files = list(damaged(whole))
+    assert len(files) >= 100
+    capfd.readouterr()
+    for i, file in enumerate(files):
+        path.write_bytes(file)
+        assert gpt.main(["sample", "--init", str(tmp_path / "a")]) == 2, i
+        out, err = capfd.readouterr()
+        assert out == "" and err.count("\n") == 1 and err.startswith("gpt.py: error: ") and len(err) < 500, (i, err)
+    path.write_bytes(whole)
+    same_weights(gpt.load_model(tmp_path / "a")[0], model)
+    length = struct.unpack("<Q", whole[:8])[0]
+    for i in range(0, 8 + length, 7):  # a flipped byte is an Error, or in a comment and harmless
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1:])
+        try:
+            gpt.load_model(tmp_path / "a")
+        except gpt.Error as e:
+            assert "\n" not in str(e)
+
+def test_safetensors_read_as_their_package_does(tmp_path):
+    """Every dtype, an empty tensor, a scalar, and a header after which numbers begin at an odd byte."""
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors, the reference for this test, is not installed")
+    torch.manual_seed(0)
+    tensors = {name: (torch.randn(3, 5) * 9).to(dtype) for name, dtype in gpt.SAFETENSORS.items()}
+    tensors |= {"empty": torch.zeros(0, 3), "one": torch.tensor(2.5)}
+    safetensors.save_file(tensors, tmp_path / "x")
+    whole = (tmp_path / "x").read_bytes()
+    length = struct.unpack("<Q", whole[:8])[0]
+    (tmp_path / "y").write_bytes(packed(whole[8:8 + length] + b" ", whole[8 + length:]))
+    for name in "xy":
+        found = gpt.read_safetensors(tmp_path / name)
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in tensors.items())
+
+# --- to transformers
+
+OURS = [
+    dict(gpt.ARCHS["gpt2"]), gpt.ARCHS["gpt2"] | dict(tie=False, mlp_hidden=13, norm_eps=1e-3),
+    dict(qk_norm=False), dict(qk_norm=False, n_kv_head=1, tie=True), dict(qk_norm=False, bias=True, rope_theta=99.0),
+    dict(qk_norm=True), dict(qk_norm=True, head_dim=14, n_kv_head=1, tie=True, norm_eps=1e-3),
+]
+BASE = dict(pos="rope", norm="rms", mlp="swiglu", bias=False, tie=False, block_size=29, n_layer=2, n_head=3, n_embd=18)
+
+@pytest.mark.parametrize("config", OURS, ids=str)
+def test_export_a_run(transformers, tmp_path, config):
+    tokenizer = gpt.CharTokenizer("\n abcdefghé日👩")
+    model = run_folder(tmp_path / "run", gpt.Config(**BASE | config | {"vocab_size": len(tokenizer.tokens)}), tokenizer)
+    gpt.export(out=tmp_path / "run", folder=tmp_path / "a")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a").eval()
+    assert type(loaded).__name__ == ("GPT2LMHeadModel" if config.get("pos") else "Qwen3ForCausalLM" if config["qk_norm"] else "LlamaForCausalLM")
+    same_model(model, loaded)
+    back, their = gpt.load_model(tmp_path / "a")[1], transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
+    same_weights(model, gpt.load_model(tmp_path / "a")[0])
+    text = "a b\n\n日é  👩 cab 日 h \n"
+    assert back.state() == tokenizer.state() and their(text).input_ids == tokenizer.encode(text).tolist()
+    assert their.decode(their(text).input_ids) == text
+    ids = their("abc", return_tensors="pt").input_ids
+    greedy = loaded.generate(ids, max_new_tokens=9, do_sample=False)[0].tolist()  # no token of ours ends it early
+    assert greedy == ids[0].tolist() + [int(i) for i in gpt.generate(model, ids, 9, temperature=0)]
+    loaded.save_pretrained(tmp_path / "b")
+    their.save_pretrained(tmp_path / "b")
+    again, tokenizer_again = gpt.load_model(tmp_path / "b")
+    same_weights(model, again)
+    assert tokenizer_again.state() == tokenizer.state()
+
+@pytest.mark.parametrize("config, name", [
+    (dict(n_layer=0), "--n-layer"), (dict(pos="none"), "--pos"), (dict(mlp="relu2"), "--mlp"), (dict(norm="layer"), "--norm"),
+    (dict(qk_norm=True, bias=True), "True"), (gpt.ARCHS["gpt2"] | dict(n_kv_head=1), "--n-kv-head"), (gpt.ARCHS["gpt2"] | dict(bias=False), "--bias"),
+    (gpt.ARCHS["gpt2"] | dict(head_dim=8), "--head-dim"), (gpt.ARCHS["gpt2"] | dict(mlp="relu"), "--mlp")], ids=str)
+def test_what_cannot_be_expressed_is_named(tmp_path, config, name):
+    run_folder(tmp_path / "run", gpt.Config(**BASE | config | {"vocab_size": 5}), gpt.CharTokenizer("abcde"))
+    assert name in error(gpt.export, out=tmp_path / "run", folder=tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+def test_export_overwrites_nothing(tmp_path):
+    run_folder(tmp_path / "run", gpt.Config(**BASE | {"vocab_size": 5}), gpt.CharTokenizer("abcde"))
+    for folder in ("empty", "new/deeper"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        assert gpt.main(["export", str(tmp_path / folder), "--out", str(tmp_path / "run")]) == 0
+        assert sorted(p.name for p in (tmp_path / folder).iterdir()) == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("mine")
+    for folder in ("file", "full", "run", "empty"):
+        before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+        assert "is there" in error(gpt.export, out=tmp_path / "run", folder=tmp_path / folder)
+        assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert gpt.main(["export"]) == 2 and gpt.main(["export", "--out", str(tmp_path / "run")]) == 2
+    assert gpt.main(["export", str(tmp_path / "y"), "--out", str(tmp_path / "none")]) == 2
+
+# --- tokenizers
+
+def export_with(tokenizer, tmp_path, name="t"):
+    config = gpt.Config(**BASE | {"vocab_size": len(tokenizer.tokens)})
+    run_folder(tmp_path / f"{name}-run", config, tokenizer)
+    gpt.export(out=tmp_path / f"{name}-run", folder=tmp_path / name)
+    return gpt.load_model(tmp_path / name)[1]
+
+def same_ids(tokenizer, their, text=STRANGE):
+    ids = their(text, add_special_tokens=False).input_ids
+    assert tokenizer.encode(text, special=True).tolist() == ids
+    return ids
+
+def test_bpe_round_trip(transformers, tmp_path):
+    tokenizer = gpt.BPETokenizer.train([(HERE / "input.txt").read_text()[:200_000] + STRANGE * 3], 800)
+    assert export_with(tokenizer, tmp_path).state() == tokenizer.state()
+    their = transformers.AutoTokenizer.from_pretrained(tmp_path / "t")
+    for text in (STRANGE, (HERE / "input.txt").read_text()[-20_000:]):
+        ids = same_ids(tokenizer, their, text)
+        assert their.decode(ids) == text == "".join(gpt.stream_text(tokenizer, ids))
+    assert their.eos_token_id == tokenizer.eot and len(their) == 800
+
+def test_gpt2_round_trip(transformers, tmp_path, gpt2_tokenizer):
+    assert export_with(gpt2_tokenizer, tmp_path).state() == gpt2_tokenizer.state()
+    their = transformers.AutoTokenizer.from_pretrained(tmp_path / "t")
+    assert their.decode(same_ids(gpt2_tokenizer, their)) == STRANGE
+    assert their(STRANGE).input_ids == their(STRANGE, add_special_tokens=False).input_ids
+    (tmp_path / "t" / "tokenizer.json").unlink()  # a vocabulary of 50,257 is GPT-2's
+    assert gpt.load_model(tmp_path / "t")[1].state() == gpt2_tokenizer.state()
+
+def learnt(tokenizers, size, special, pattern=None, nfc=False):
+    """A tokenizer made by Hugging Face's own trainer, whose ids begin with the special tokens."""
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+    t = tokenizers.Tokenizer(models.BPE())
+    byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not pattern)
+    t.pre_tokenizer = byte if not pattern else pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"), byte])
+    t.decoder = decoders.ByteLevel()
+    if nfc:
+        t.normalizer = normalizers.NFC()
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    t.train_from_iterator([(HERE / "input.txt").read_text()[:100_000], STRANGE * 3], trainer)
+    return t
+
+def their_folder(tmp_path, t, eot):
+    """A model whose vocabulary is a little larger than its tokenizer's, as Qwen's is."""
+    config = gpt.Config(**BASE | {"vocab_size": t.get_vocab_size() + 3})
+    run_folder(tmp_path / "run", config, gpt.CharTokenizer("".join(map(chr, range(config.vocab_size)))))
+    gpt.export(out=tmp_path / "run", folder=tmp_path / "a")
+    t.save(str(tmp_path / "a" / "tokenizer.json"))
+    path = tmp_path / "a" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": eot}))
+    return tmp_path / "a"
+
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("nfc", [False, True])
+def test_tokenizers_of_others(transformers, tmp_path, which, nfc):
+    tokenizers = pytest.importorskip("tokenizers")
+    pattern = gpt.PATTERNS[which]
+    t = learnt(tokenizers, 700, ["<|im_end|>", "<|endoftext|>"], pattern if which else None, nfc)
+    folder = their_folder(tmp_path, t, None)
+    tokenizer = gpt.load_model(folder)[1]
+    assert tokenizer.eot == 1 and tokenizer.nfc == nfc and len(tokenizer.tokens) == 703
+    assert tokenizer.encode(STRANGE + "<|im_end|>", special=True).tolist() == t.encode(STRANGE + "<|im_end|>").ids
+    assert gpt.tokenizer_from(json.loads(json.dumps(tokenizer.state()))).state() == tokenizer.state()
+    gpt.export(init=folder, folder=tmp_path / "b")
+    their = transformers.AutoTokenizer.from_pretrained(tmp_path / "b")
+    same_ids(tokenizer, their)
+    assert gpt.load_model(tmp_path / "b")[1].state() == tokenizer.state()
+
+def test_vocab_and_merges(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    t = learnt(tokenizers, 600, ["<|endoftext|>"])
+    tokenizer = gpt.BPETokenizer.train(["abc"], 603)
+    run_folder(tmp_path / "run", gpt.Config(**BASE | gpt.ARCHS["gpt2"] | {"vocab_size": 603}), gpt.CharTokenizer("abc"))
+    gpt.export(out=tmp_path / "run", folder=tmp_path / "a")
+    (tmp_path / "a" / "tokenizer.json").unlink()
+    t.model.save(str(tmp_path / "a"))
+    ours = gpt.load_model(tmp_path / "a")[1]
+    assert ours.encode(STRANGE, special=True).tolist() == t.encode(STRANGE).ids
+
+@pytest.mark.parametrize("change", [
+    lambda t: t["pre_tokenizer"].update(add_prefix_space=True), lambda t: t["model"]["merges"].pop(50), lambda t: t["model"]["merges"].reverse(),
+    lambda t: t["model"].update(type="WordPiece"), lambda t: t["model"].update(dropout=0.1), lambda t: t.update(normalizer={"type": "Lowercase"}),
+    lambda t: t.update(pre_tokenizer=None), lambda t: t["model"]["vocab"].pop("!"), lambda t: t.update(added_tokens=[]), lambda t: t.pop("model"),
+    lambda t: t["model"].update(vocab=[]), lambda t: t["added_tokens"][0].update(lstrip=True), lambda t: t["added_tokens"][0].update(id=10 ** 9),
+    lambda t: t["added_tokens"][0].update(id=-1), lambda t: t["added_tokens"][0].update(id=5), lambda t: t["model"]["vocab"].update({"!": 2.5}),
+    lambda t: t.update(post_processor={"type": "TemplateProcessing", "single": [], "special_tokens": {"<s>": {"ids": [0]}}}),
+    lambda t: t["model"]["merges"].insert(0, ["x", "q"]), lambda t: t["model"]["merges"].__setitem__(3, 7)])
+def test_a_tokenizer_that_would_differ_is_none(tmp_path, change):
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = their_folder(tmp_path, learnt(tokenizers, 400, ["<|endoftext|>"]), 0)
+    assert gpt.load_model(folder)[1] is not None
+    file = json.loads((folder / "tokenizer.json").read_text())
+    change(file)
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    assert gpt.load_model(folder)[1] is None
+    assert gpt.main(["sample", "--init", str(folder)]) == 2
+
+# --- commands
+
+def test_sample_from_their_folder(transformers, tmp_path, capfd):
+    """The command, through the KV cache, against generate() of transformers."""
+    tokenizers = pytest.importorskip("tokenizers")
+    t = learnt(tokenizers, 400, ["<|endoftext|>"])
+    model = theirs(transformers, "qwen3", dict(vocab_size=400, max_position_embeddings=64), tmp_path / "a")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=t, eos_token="<|endoftext|>").save_pretrained(tmp_path / "a")
+    capfd.readouterr()
+    prompt = "The sea was "
+    assert gpt.main(["sample", "--init", str(tmp_path / "a"), "--prompt", prompt, "--tokens", "20", "--temperature", "0"]) == 0
+    ids = torch.tensor([t.encode(prompt).ids])
+    made = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=0, pad_token_id=0)[0, ids.size(1):].tolist()
+    text = prompt + t.decode([i for i in made if i])
+    assert capfd.readouterr().out == text + "\n"
+
+def test_fine_tuning(tmp_path, monkeypatch):
+    """train --init FOLDER keeps weights and tokenizer and starts at step 0; what it makes can be exported again."""
+    monkeypatch.setenv("GPT_CACHE", str(tmp_path / "cache"))
+    tokenizer = gpt.CharTokenizer("abcd \n")
+    run_folder(tmp_path / "run", gpt.Config(**BASE | {"vocab_size": 6}), tokenizer)
+    gpt.export(out=tmp_path / "run", folder=tmp_path / "a")
+    (tmp_path / "my.txt").write_text("abc dab cad\n" * 60)
+    result = gpt.train(init=tmp_path / "a", data=[str(tmp_path / "my.txt")], out=tmp_path / "b", steps=3, batch_size=4, device="cpu")
+    assert result["step"] == 3
+    gpt.export(out=tmp_path / "b", folder=tmp_path / "c")
+    assert gpt.load_model(tmp_path / "c")[1].state() == tokenizer.state()
+
+# --- GPT-2 by name
+
+@pytest.fixture
+def small_gpt2(monkeypatch, tmp_path):
+    """openai-community/gpt2 as it is, but small: names without prefix, masks among them, no head."""
+    monkeypatch.setenv("GPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(gpt.GPT2_SIZES, "gpt2", (2, 3, 6))
+    torch.manual_seed(0)
+    model = gpt.GPT(gpt.Config(vocab_size=50257, block_size=1024, n_layer=2, n_head=3, n_embd=6, **gpt.ARCHS["gpt2"])).eval()
+    torch.save({"format": gpt.FORMAT, "model": model.state_dict(), "tokenizer": gpt.CharTokenizer("ab").state(), "step": 0,
+                "settings": {"config": gpt.asdict(model.config)}}, tmp_path / "x.pt")
+    gpt.export(init=tmp_path / "x.pt", folder=tmp_path / "x")
+    whole = (tmp_path / "x" / "model.safetensors").read_bytes()
+    length = struct.unpack("<Q", whole[:8])[0]
+    header = {name.removeprefix("transformer."): about for name, about in json.loads(whole[8:8 + length]).items()}
+    n = len(whole) - 8 - length
+    header |= {"h.0.attn.bias": {"dtype": "F32", "shape": [1, 1, 2, 2], "data_offsets": [n, n + 16]}}
+    return model, packed(header, whole[8 + length:] + bytes(16))
+
+def test_gpt2_by_name(small_gpt2, gpt2_tokenizer, monkeypatch, tmp_path):
+    model, file = small_gpt2
+    asked = []
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, **_: asked.append(url) or Path(path).write_bytes(file))
+    (tmp_path / "gpt2").mkdir()
+    monkeypatch.chdir(tmp_path)  # a folder called gpt2 does not hide the name
+    for _ in range(2):
+        ours, tokenizer = gpt.load_model("gpt2")
+    assert asked == ["https://huggingface.co/openai-community/gpt2/resolve/main/model.safetensors"]  # once
+    same_weights(ours, model)
+    assert tokenizer.state() == gpt2_tokenizer.state()
+    assert (tmp_path / "cache" / "gpt2" / "model.safetensors").exists()
+    assert "no run" in error(gpt.load_model, "./gpt2")
+
+def test_gpt2_offline_or_cut_short(small_gpt2, monkeypatch, tmp_path):
+    place = str(tmp_path / "cache" / "gpt2" / "model.safetensors")
+    def offline(url, path, **_):
+        raise OSError("no network")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    assert place in error(gpt.load_model, "gpt2")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, **_: Path(path).write_bytes(small_gpt2[1][:-100]))
+    assert "delete" in error(gpt.load_model, "gpt2")
+    assert gpt.main(["sample", "--init", "gpt2"]) == 2
+
 # --- As a program, in a notebook, in the README ----------------------------------------------------------------------
 
 def test_ascii_terminals_and_odd_paths_are_fine():
@@ -718,7 +1195,7 @@ def test_the_readme_commands_run(capsys, monkeypatch):
     assert len(lines) > 8
     for line in lines:
         words = __import__("shlex").split(line)
-        if "gpt2" in words and not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        if words[-1] == "--help" or "--init gpt2" in line:  # the one leaves by SystemExit, the other downloads
             continue
         if words[0] == "train":
             words = [w for i, w in enumerate(words) if w not in ("--steps", "--minutes", "--size") and (i == 0 or words[i - 1] not in ("--steps", "--minutes", "--size"))]
@@ -736,3 +1213,740 @@ def test_the_source_keeps_its_promises():
             assert not re.search(r"import (flash_attn|numpy)|numpy\(", source)
             for call in re.findall(r"(?<!gzip\.)open\([^)]*\)|read_text\([^)]*\)|write_text\(.*\)", source):
                 assert "rb" in call or "wb" in call or "utf-8" in call or "gzip" in call or ".lock" in call, call
+
+# --- Kernels ---------------------------------------------------------------------------------------------------------
+# Without a GPU: the Triton kernels in Triton's interpreter, the CUDA C++ on a small emulator, both compilers without a
+# device, and everything else as it is.
+
+def have(module):
+    return importlib.util.find_spec(module) is not None
+
+needs_interpreter = pytest.mark.skipif(not (have('triton') and have('numpy')), reason='needs triton and numpy')
+needs_triton = pytest.mark.skipif(not have('triton'), reason='needs triton')
+needs_gxx = pytest.mark.skipif(not shutil.which('g++'), reason='needs g++')
+
+def load_kernels(replace=None, name='kernels'):
+    """kernels.py as a module; with replace=(old, new), a copy with a planted bug."""
+    path = HERE / 'kernels.py'
+    if replace:
+        source = path.read_text()
+        assert source.count(replace[0]) >= 1, f'nothing to plant: {replace[0]!r} is not in kernels.py'
+        path = Path(tempfile.mkdtemp()) / 'planted.py'
+        path.write_text(source.replace(*replace))
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+def run_alone(function, **environment):
+    """Runs a function of this file in a process of its own: Triton's interpreter is switched on before the first import
+    of triton and then holds for the whole process."""
+    code = f'import {Path(__file__).stem} as tests; tests.{function.__name__}()'
+    result = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=HERE, capture_output=True, text=True,
+                            env={**os.environ, 'OMP_NUM_THREADS': '1', **environment})
+    assert result.returncode == 0, result.stdout + result.stderr
+    print(result.stdout)
+
+@pytest.fixture(scope='module')
+def kernels():
+    return load_kernels()
+
+# --- Cases, shared by all implementations
+
+def covering_pairs(*choices):
+    """A short list of cases in which every pair of values of every two parameters occurs."""
+    rng = random.Random(0)
+    todo = {(i, a, j, b) for i, j in itertools.combinations(range(len(choices)), 2)
+            for a in choices[i] for b in choices[j]}
+    while todo:
+        candidates = [[rng.choice(c) for c in choices] for _ in range(60)]
+        covers = lambda case: {p for p in todo if case[p[0]] == p[1] and case[p[2]] == p[3]}
+        case = max(candidates, key=lambda c: len(covers(c)))
+        todo -= covers(case)
+        yield case
+
+def laid_out(x, pattern):
+    """The values of x, (B, H, T, D), in another place in memory."""
+    B, H, T, D = x.shape
+    if pattern == 'contiguous':
+        return x.contiguous()
+    if pattern == 'transposed':       # what a model makes: (B, T, H * D) cut into heads
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if pattern == 'fused':            # a part of one projection to q, k and v
+        buffer = x.new_full((B, T, 3 * H, D), math.nan)
+        view = buffer[:, :, H:2 * H].transpose(1, 2)
+    if pattern == 'gaps':             # a part of a cache that is longer and holds more sequences
+        buffer = x.new_full((B + 1, H, 2 * T + 3, D), math.nan)
+        view = buffer[1:, :, 1:2 * T + 1:2]
+    return view.copy_(x)
+
+def attention_inputs(H, H_kv, TQ, TK, D, dtype, pattern='transposed', B=2):
+    torch.manual_seed(TQ + TK + D)
+    make = lambda heads, T: laid_out(torch.randn(B, heads, T, D).to(dtype), pattern)
+    return make(H, TQ), make(H_kv, TK), make(H_kv, TK), make(H, TQ)
+
+def output_and_gradients(run, q, k, v, do):
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    o = run(*inputs)
+    return o.detach(), *torch.autograd.grad(o, inputs, do.to(o.dtype))
+
+def exact(kernels, q, k, v, do, keep=None, **options):
+    """float64 autograd through the readable formula; `keep` stands in for dropout."""
+    wide = [x.double() for x in (q, k, v, do)]
+    if keep is None:
+        return output_and_gradients(lambda *a: kernels.attention_reference(*a, **options), *wide)
+    real, F.dropout = F.dropout, lambda p, _: p * keep
+    try:
+        return output_and_gradients(lambda *a: kernels.attention_reference(*a, **options), *wide)
+    finally:
+        F.dropout = real
+
+def worst_error(ours, truth):
+    """The largest |ours - truth| / |truth|; a gradient that is 0 (one key, weight 1) is measured against the output."""
+    errors = [((a.double() - b).norm() / max(b.norm(), truth[0].norm())).item() for a, b in zip(ours, truth)]
+    return math.inf if any(map(math.isnan, errors)) else max(errors)
+
+def attention_error(kernels, case, impl='triton'):
+    T, D, (H, H_kv), causal, other_T, pattern, dtype = case
+    TQ, TK = (T, T + other_T) if T + other_T > 0 else (T, 1)
+    q, k, v, do = attention_inputs(H, H_kv, TQ, TK, D, dtype, pattern)
+    run = lambda *a: kernels.attention(*a, causal=causal, impl=impl)
+    ours = output_and_gradients(run, q, k, v, do)
+    again = output_and_gradients(run, q, k, v, do)
+    assert all(torch.equal(a, b) for a, b in zip(ours, again)), 'a second run gives other bits'
+    return worst_error(ours, exact(kernels, q, k, v, do, causal=causal))
+
+CASES = [(1, 17, 64, 77, 128), (16, 48, 64, 80, 128), ((2, 2), (4, 2), (4, 1)), (True, False), (0, 51, -13),
+         ('contiguous', 'transposed', 'fused', 'gaps'), (torch.float32, torch.float16)]
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3}
+
+# --- Triton kernels in the interpreter
+
+def alone_attention_cases():
+    torch.use_deterministic_algorithms(True)   # and every new tensor is full of NaN: reading before writing shows
+    kernels = load_kernels()
+    assert torch.empty(1).isnan()
+    cases = list(covering_pairs(*CASES))
+    for case in cases:
+        error = attention_error(kernels, case)
+        assert error < TOLERANCE[case[-1]], f'{case}: {error:.1e}'
+    print(f'{len(cases)} attention cases agree with float64')
+
+@needs_interpreter
+def test_triton_attention_agrees_with_float64():
+    """Guards against wrong masks, offsets, strides, groups, ragged ends and unwritten outputs, forward and backward."""
+    run_alone(alone_attention_cases, TRITON_INTERPRET='1')
+
+PLANTED = [('(n <= row + TK - TQ)', '(n < row + TK - TQ)', 'the mask hides the diagonal'),
+           ('acc * alpha[:, None]', 'acc', 'the sum is not rescaled at a new maximum'),
+           ('(dpt - delta[None, :])', 'dpt', 'dK without delta'),
+           ('block * BM + 1 + TK - TQ', 'block * BM + 2 + TK - TQ + BN', 'a tile of the diagonal goes without a mask'),
+           ('h // (H // H_kv)', 'h % H_kv', 'heads are grouped in the wrong order')]
+
+def alone_planted_bugs():
+    case = [128, 64, (4, 2), True, 0, 'transposed', torch.float32]
+    assert attention_error(load_kernels(), case) < TOLERANCE[torch.float32]
+    for old, new, what in PLANTED:
+        error = attention_error(load_kernels(replace=(old, new)), case)
+        print(f'planted: {what}: error {error:.1e}')
+        assert error > 1e-3, what
+
+@needs_interpreter
+def test_planted_bugs_in_triton_are_seen():
+    """Guards against tests that pass whatever the kernels do."""
+    run_alone(alone_planted_bugs, TRITON_INTERPRET='1')
+
+def philox_uniform(seed, counter):
+    """Philox 4x32-10 (Salmon et al. 2011), first output, in [0, 1): from the paper, not from Triton."""
+    mask, zero = 0xffffffff, torch.zeros_like(counter)
+    c, key = [counter & mask, zero, zero, zero], [seed & mask, seed >> 32]
+    def product(a, b):                 # high and low half of a 64-bit product, without overflowing int64
+        low = a * (b & 0xffff)
+        high = a * (b >> 16) + (low >> 16)
+        return high >> 16, ((high & 0xffff) << 16 | low & 0xffff) & mask
+    for _ in range(10):
+        (high0, low0), (high1, low1) = product(c[0], 0xD2511F53), product(c[2], 0xCD9E8D57)
+        c = [high1 ^ c[1] ^ key[0], low1, high0 ^ c[3] ^ key[1], low0]
+        key = [(key[0] + 0x9E3779B9) & mask, (key[1] + 0xBB67AE85) & mask]
+    signed = torch.where(c[0] >= 2**31, 2**32 - 1 - c[0], c[0])    # Triton folds negative numbers back: -x - 1
+    return signed * 4.6566127342e-10
+
+def alone_dropout():
+    kernels = load_kernels()
+    q, k, v, do = attention_inputs(4, 2, 77, 100, 64, torch.float32)
+    B, H, TQ, TK, p = 2, 4, 77, 100, 0.3
+    torch.manual_seed(7)
+    seed = torch.randint(2**62, (1,)).item()
+    place = torch.arange(TQ)[:, None] * TK + torch.arange(TK)
+    keep = torch.stack([philox_uniform(seed + head, place) >= p for head in range(B * H)]).view(B, H, TQ, TK)
+    assert abs(keep.double().mean() - (1 - p)) < 0.01
+    torch.manual_seed(7)
+    ours = output_and_gradients(lambda *a: kernels.attention(*a, dropout_p=p, impl='triton'), q, k, v, do)
+    error = worst_error(ours, exact(kernels, q, k, v, do, keep=keep / (1 - p)))
+    assert error < 2e-6, error
+    print(f'dropout: the mask rebuilt from the seed gives the same numbers, {error:.1e}')
+
+@needs_interpreter
+def test_dropout_mask_can_be_rebuilt():
+    """Guards against a backward pass that drops other elements than the forward pass, and against a biased mask."""
+    run_alone(alone_dropout, TRITON_INTERPRET='1')
+
+def alone_other_kernels():
+    torch.use_deterministic_algorithms(True)
+    kernels = load_kernels()
+    single, half = torch.float32, torch.float16
+    for H, H_kv, D, T_max, lengths, dtype in ((4, 4, 64, 300, (1, 300), single), (6, 2, 48, 700, (129, 640), single),
+                                              (8, 1, 128, 260, (0, 257), half), (2, 2, 16, 5, (5, 3), half)):
+        q, k, v, _ = attention_inputs(H, H_kv, 1, T_max, D, dtype)
+        for b, n in enumerate(lengths):
+            k[b, :, n:], v[b, :, n:] = math.nan, math.nan         # nobody may look beyond a sequence's length
+        ours = kernels.decode_attention(q, k, v, torch.tensor(lengths, dtype=torch.int32), impl='triton')
+        for b, n in enumerate(lengths):
+            part = [x[b:b + 1].double() for x in (q, k[:, :, :n], v[:, :, :n])]
+            truth = kernels.attention_reference(*part) if n else torch.zeros_like(part[0])
+            assert (ours[b:b + 1].double() - truth).norm() <= TOLERANCE[dtype] * truth.norm(), (H, H_kv, D, n)
+    for rows, n, dtype in ((3, 1, torch.float32), (5, 77, torch.float32), (2, 3000, torch.float16)):
+        x, dy = torch.randn(rows, n).to(dtype).requires_grad_(), torch.randn(rows, n).to(dtype)
+        x.data[0, 0] = 3e4                                        # a softmax without the maximum would overflow
+        y, wide = kernels.softmax(x, impl='triton'), x.detach().double().requires_grad_()
+        truth = wide.softmax(-1)
+        ours, want = torch.autograd.grad(y, x, dy)[0], torch.autograd.grad(truth, wide, dy.double())[0]
+        assert worst_error([y[1:], ours[1:]], [truth[1:], want[1:]]) < TOLERANCE[dtype]
+        assert (y[0].double() - truth[0]).abs().max() < 1e-6
+    print('decode, softmax agree with float64;', dict(kernels.calls))
+
+@needs_interpreter
+def test_triton_decode_and_softmax_agree_with_float64():
+    """Guards against wrong combination of slices, reads beyond a sequence's length, empty slices and overflow."""
+    run_alone(alone_other_kernels, TRITON_INTERPRET='1')
+
+def alone_ops():
+    kernels = load_kernels()
+    q, k, v, do = attention_inputs(4, 2, 40, 40, 16, torch.float32)
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    seed, x = torch.tensor([5]), torch.randn(4, 9, requires_grad=True)
+    lengths = torch.tensor([3, 40], dtype=torch.int32)
+    ops = [(kernels.attention_forward, (q, k, v, seed, True, 0.2, 0.25, 'triton')),
+           (kernels.attention_forward, (q, k, v, None, False, 0.0, 0.25, 'triton')),
+           (kernels.softmax_forward, (x, 'triton')),
+           (kernels.decode_forward, (q.detach()[:, :, :1], k.detach(), v.detach(), lengths))]
+    for function, arguments in ops:
+        torch.library.opcheck(function, arguments)
+    # One op in the graph, no break, and one compilation for all lengths.
+    graphs = []
+    def backend(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if 'gpt_kernels' in str(node.target)])
+        return graph
+    run = torch.compile(lambda *a: kernels.attention(*a, impl='triton').square().sum(), backend=backend, fullgraph=True,
+                        dynamic=True)
+    for T in (40, 33, 57):
+        part = [torch.randn(2, heads, T, 16, requires_grad=True) for heads in (4, 2, 2)]
+        plain = kernels.attention(*part, impl='sdpa').square().sum()
+        assert torch.allclose(run(*part), plain, rtol=1e-4)
+    assert len(graphs) == 1 and len(graphs[0]) == 1, graphs
+    # The self-check: right kernels pass; kernels that return zeros lose to SDPA, with one warning.
+    device = torch.device('cpu')
+    assert kernels.self_check('triton', device, torch.float32, 16) == ''
+    kernels.triton_forward = lambda q, k, v, o, l, *rest: (o.zero_(), l.zero_())
+    kernels.describe = lambda *a: ('triton', 'planted')
+    with pytest.warns(UserWarning, match='using PyTorch') as warned:
+        for _ in range(2):
+            name, reason = kernels.choose(*(x.half() for x in (q, k, v)))
+    assert name == 'sdpa' and 'away from PyTorch' in reason and len(warned) == 1
+    print('ops: opcheck, one op per graph, self-check')
+
+@needs_interpreter
+def test_ops_compile_and_self_check():
+    """Guards against graph breaks, wrong shapes under torch.compile, recompilation per length and wrong kernels."""
+    run_alone(alone_ops, TRITON_INTERPRET='1')
+
+# --- CUDA C++ on an emulator
+
+# Every CUDA thread is a fiber (ucontext). An instruction of the whole warp puts its operands into a table, waits for
+# the other lanes, reads theirs and waits again. Fragment layouts are those of the PTX manual.
+EMULATOR = r'''
+#include <ucontext.h>
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+#define EMULATE
+#define __align__(n) __attribute__((aligned(n)))
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(n)
+#define __shared__ static
+using std::min; using std::max;
+typedef unsigned int u32; typedef unsigned short u16;
+struct Index { int x, y; };
+static Index threadIdx, blockIdx, gridDim;
+static const int THREADS = 128;
+static ucontext_t fibers[THREADS], caller;
+static bool finished[THREADS];
+static void resume(int i) { int me = threadIdx.x; threadIdx.x = i; if (i != me) swapcontext(&fibers[me], &fibers[i]); }
+static void next_of(int first, int count) {         // the next unfinished fiber among `count` from `first`
+    for (int k = 1; k <= count; k++) {
+        int i = first + (threadIdx.x - first + k) % count;
+        if (!finished[i]) return resume(i);
+    }
+}
+struct Barrier { int arrived = 0, generation = 0; };
+static Barrier block_barrier, warp_barrier[THREADS / 32];
+static void wait(Barrier &b, int first, int count) {
+    int generation = b.generation;
+    if (++b.arrived == count) { b.arrived = 0; b.generation++; }
+    else while (b.generation == generation) next_of(first, count);
+}
+static void __syncthreads() { wait(block_barrier, 0, THREADS); }
+static void sync_warp() { int w = threadIdx.x / 32; wait(warp_barrier[w], w * 32, 32); }
+static float __int_as_float(int i) { float f; memcpy(&f, &i, 4); return f; }
+static float to_float(u16 h) { _Float16 x; memcpy(&x, &h, 2); return x; }
+static u16 half_bits(float f) { _Float16 x = f; u16 h; memcpy(&h, &x, 2); return h; }
+static float half_of(u32 pair, int which) { return to_float(which ? pair >> 16 : pair & 0xffff); }
+static u32 table[THREADS / 32][32][6];
+static float shuffle_xor(float x, int m) {
+    auto &t = table[threadIdx.x / 32]; int lane = threadIdx.x % 32; float y;
+    memcpy(&t[lane][0], &x, 4); sync_warp(); memcpy(&y, &t[lane ^ m][0], 4); sync_warp(); return y;
+}
+static void multiply(float c[4], int depth) {       // A in columns 0..3 of the table, B in 4 and 5
+    auto &t = table[threadIdx.x / 32]; int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+    sync_warp();
+    for (int e = 0; e < 4; e++) for (int k = 0; k < depth; k++) {
+        u32 a = t[g * 4 + k % 8 / 2][e / 2 + 2 * (k / 8)], b = t[(2 * q + e % 2) * 4 + k % 8 / 2][4 + k / 8];
+        c[e] += half_of(a, k % 2) * half_of(b, k % 2);
+    }
+    sync_warp();
+}
+static void mma_16x8x16(float c[4], const u32 a[4], u32 b0, u32 b1) {
+    u32 *mine = table[threadIdx.x / 32][threadIdx.x % 32], all[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    memcpy(mine, all, 24); multiply(c, 16);
+}
+static void mma_16x8x8(float c[4], u32 a0, u32 a1, u32 b) {
+    u32 *mine = table[threadIdx.x / 32][threadIdx.x % 32], all[6] = {a0, a1, 0, 0, b, 0};
+    memcpy(mine, all, 24); multiply(c, 8);
+}
+static const u16 *rows[THREADS / 32][32];
+static void load_transposed(u32 &b0, u32 &b1, const u16 *row) {
+    auto &r = rows[threadIdx.x / 32]; int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    r[threadIdx.x % 32] = row; sync_warp();
+    b0 = r[2 * t][g] | (u32)r[2 * t + 1][g] << 16; b1 = r[8 + 2 * t][g] | (u32)r[8 + 2 * t + 1][g] << 16; sync_warp();
+}
+static void (*body)(void *); static void *body_argument;
+static void fiber() {
+    body(body_argument);
+    finished[threadIdx.x] = true;
+    next_of(0, THREADS);
+    ucontext_t unused; swapcontext(&unused, &caller);   // the last one
+}
+static void launch(int gx, int gy, void (*f)(void *), void *argument) {
+    static std::vector<char> stacks(THREADS * 65536);
+    body = f; body_argument = argument; gridDim = {gx, gy};
+    for (int y = 0; y < gy; y++) for (int x = 0; x < gx; x++) {
+        blockIdx = {x, y}; block_barrier = Barrier(); std::fill(warp_barrier, warp_barrier + THREADS / 32, Barrier());
+        for (int i = 0; i < THREADS; i++) {
+            finished[i] = false; getcontext(&fibers[i]);
+            fibers[i].uc_stack.ss_sp = &stacks[i * 65536]; fibers[i].uc_stack.ss_size = 65536; fibers[i].uc_link = 0;
+            makecontext(&fibers[i], fiber, 0);
+        }
+        threadIdx.x = 0; swapcontext(&caller, &fibers[0]);
+    }
+}
+'''
+EMULATOR_MAIN = r'''
+#define KERNEL(name) extern "C" void run_##name(int gx, int gy, Attention *a) { \
+    launch(gx, gy, [](void *p) { name(*(Attention *)p); }, a); }
+KERNEL(attention_forward) KERNEL(attention_dq) KERNEL(attention_dkv)
+struct Softmax { const u16 *X; u16 *Y; int rows, n; };
+extern "C" void run_softmax_rows(int gx, int gy, const u16 *X, u16 *Y, int rows, int n) {
+    Softmax s = {X, Y, rows, n};
+    launch(gx, gy, [](void *p) { auto s = (Softmax *)p; softmax_rows(s->X, s->Y, s->rows, s->n); }, &s); }
+'''
+
+def emulated(arch, replace=('', '')):
+    """kernels.py whose CUDA launches run on the emulator, as a GPU of this architecture; replace plants a bug."""
+    kernels, folder = load_kernels(), Path(tempfile.mkdtemp())
+    assert replace[0] in kernels.CUDA_SOURCE
+    (folder / 'kernels.cpp').write_text(EMULATOR + kernels.CUDA_SOURCE.replace(*replace) + EMULATOR_MAIN)
+    options = ['-O2', '-std=c++17', '-w', '-shared', '-fPIC', f'-D__CUDA_ARCH__={arch}']
+    subprocess.run(['g++', *options, 'kernels.cpp', '-o', 'kernels.so'], cwd=folder, check=True)
+    library = ctypes.CDLL(str(folder / 'kernels.so'))
+
+    def launch_cuda(name, grid, x, *arguments):
+        by_value = [ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in arguments]
+        getattr(library, 'run_' + name)(*grid, *by_value)
+    kernels.launch_cuda = launch_cuda
+    kernels.describe = lambda device, dtype, D, impl, dropout: (impl, 'emulated')
+    kernels.missing = lambda *a: ''
+    return kernels
+
+def emulated_error(kernels, case):
+    (H, H_kv), TQ, TK, causal, pattern = case
+    q, k, v, do = attention_inputs(H, H_kv, TQ, TK, 64, torch.float16, pattern, B=1)
+    nan = lambda x: kernels_new_rows(x).fill_(math.nan)
+    kernels_new_rows, kernels.new_rows = kernels.new_rows, nan
+    try:
+        ours = output_and_gradients(lambda *a: kernels.attention(*a, causal=causal, impl='cuda'), q, k, v, do)
+    finally:
+        kernels.new_rows = kernels_new_rows
+    return worst_error(ours, exact(kernels, q, k, v, do, causal=causal))
+
+@needs_gxx
+@pytest.mark.parametrize('arch', [750, 800])
+def test_cuda_cpp_agrees_with_float64(arch):
+    """Guards against wrong fragments, masks, ragged tiles and groups in CUDA C++; 750 has Turing's half-depth
+    instruction, 800 the full one."""
+    kernels = emulated(arch)
+    for case in (((2, 2), 128, 128, True, 'transposed'), ((4, 2), 77, 77, True, 'fused'),
+                 ((2, 1), 5, 130, True, 'gaps'), ((2, 2), 100, 70, False, 'contiguous'),
+                 ((2, 2), 90, 40, True, 'transposed')):
+        assert emulated_error(kernels, case) < 1e-3, case
+    x = torch.randn(7, 100).half()
+    assert worst_error([kernels.softmax(x, impl='cuda')], [x.double().softmax(-1)]) < 1e-3
+
+@needs_gxx
+@pytest.mark.parametrize('bug', [('(A.causal && col > row + offset)', '(A.causal && col >= row + offset)'),
+                                 ('__syncthreads();         // the tiles are complete', ''),
+                                 ('- delta[e / 2]', ''), ('mma_16x8x8(c, a[2], a[3], b1);', '')])
+def test_planted_bugs_in_cuda_cpp_are_seen(bug):
+    """Guards against an emulator that forgives: a mask off by one, a missing barrier, no delta, half a product."""
+    assert emulated_error(emulated(750, bug), ((2, 2), 128, 128, True, 'transposed')) > 2e-3
+
+# --- Compilers, without a GPU
+
+INTEGERS, SCALES = {'H', 'H_kv', 'TQ', 'TK', 'SPLITS', 'n', 'ignore_index'}, {'scale', 'scale_log2', 'dropout_p'}
+POINTERS = dict(L='*fp32', DELTA='*fp32', SEED='*i64', LENGTHS='*i32', ACC='*fp32', ML='*fp32', TARGETS='*i64',
+                LOSS='*fp32')
+
+def compile_triton(kernel, capability, dtype, num_warps=4, num_stages=2, **constants):
+    """Cubin and shared memory of a kernel for a GPU that is not here, as a launch on aligned tensors makes it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    def type_of(name):
+        if name in constants:
+            return 'constexpr'
+        if name in INTEGERS or re.fullmatch('s[qkv][bht]', name):
+            return 'i32'
+        return 'fp32' if name in SCALES else POINTERS.get(name, '*' + dtype)
+    signature = {name: type_of(name) for name in kernel.arg_names}
+    aligned = {(i,): [['tt.divisibility', 16]] for i, (name, kind) in enumerate(signature.items())
+               if kind[0] == '*' or name not in INTEGERS and kind == 'i32'}
+    source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
+    options = dict(num_warps=num_warps, num_stages=num_stages)
+    compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
+    return compiled.asm['cubin'], compiled.metadata.shared
+
+def read_cubin(cubin):
+    """{kernel: (registers, stack bytes, static shared bytes)} and the disassembly, by the tools in Triton's wheel."""
+    import triton
+    tools = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+        file.write(cubin)
+        file.flush()
+        ask = lambda *command: subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
+        usage, code = (ask(tools / tool, flag) for tool, flag in (('cuobjdump', '-res-usage'), ('nvdisasm', '-c')))
+    found = re.findall(r'Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)', usage)
+    return {name: tuple(map(int, numbers)) for name, *numbers in found}, code
+
+def report(name, arch, registers, spills, shared, code):
+    tensor = {i: len(re.findall(rf'\b{i}\b', code)) for i in ('HMMA', 'HGMMA')}
+    print(f'{name:26} sm_{arch} {registers:4} registers {spills:3} spills {shared:7} B shared  '
+          + ', '.join(f'{n} {i}' for i, n in tensor.items() if n))
+    return sum(tensor.values())
+
+def alone_compile_triton():
+    kernels, gpu = load_kernels(), torch.device('cuda')
+    half, single = torch.zeros(1, 1, 1, 64, dtype=torch.float16), torch.zeros(1, 1, 1, 64)
+    names = ('attention_forward_kernel', 'attention_dq_kernel', 'attention_dkv_kernel')
+    limit = {80: 101376, 90: 232448}              # bytes a block may have; sm_86 uses 8.0's tiles and has less
+    for arch in (80, 90):
+        kernels.capability = lambda device: divmod(arch, 10)
+        jobs = [(name, 'fp16', c) for D in (64, 128) for name, c in
+                zip(names, kernels.attention_constants(gpu, torch.float16, D, True, False))]
+        jobs += [(names[0], 'bf16', kernels.attention_constants(gpu, torch.bfloat16, 80, True, True)[0])]
+        if arch == 80:
+            jobs += [(name, 'fp32', c) for name, c in
+                     zip(names, kernels.attention_constants(gpu, torch.float32, 128, True, False))]
+        jobs += [('decode_kernel', 'bf16', dict(D=64, DP=64, G=1, GP=16, BN=64, PRECISION='ieee')),
+                 ('decode_combine_kernel', 'bf16', dict(D=64, DP=64, G=1, GP=16, SP=4)),
+                 ('softmax_kernel', 'fp16', kernels.row_constants(1024)),
+                 ('softmax_backward_kernel', 'fp16', kernels.row_constants(1024)),
+                 ('cross_entropy_kernel', 'bf16', dict(GRAD=True, BLOCK=4096, num_warps=8))]
+        for name, dtype, constants in jobs:
+            cubin, shared = compile_triton(getattr(kernels, name), arch, dtype, **constants)
+            usage, code = read_cubin(cubin)
+            (registers, stack, _), = usage.values()
+            spills = len(re.findall(r'\b(?:LDL|STL)\b', code))
+            label = f"{name[:-7]} {dtype} {constants.get('D', '')}"
+            tensor = report(label, arch, registers, spills, shared, code)
+            assert shared <= limit[arch], f'{label}: {shared} bytes of shared memory'
+            if constants.get('D') == 64:
+                assert spills == 0, f'{label} spills'
+            if dtype != 'fp32' and ('attention' in name or name == 'decode_kernel'):
+                assert tensor, f'{label} has no tensor-core instructions'
+
+@needs_triton
+def test_triton_compiles_without_spills(tmp_path):
+    """Guards against kernels that compile only in the interpreter, tiles beyond the shared memory of a GPU, register
+    spills at D = 64 and products that miss the tensor cores."""
+    run_alone(alone_compile_triton, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET='0')
+
+def have_nvrtc():
+    return have('cuda') and have('cuda.bindings') and have('nvidia') and have('triton')
+
+@pytest.mark.skipif(not have_nvrtc(), reason='needs cuda-bindings, nvidia-cuda-nvrtc and triton')
+def test_cuda_cpp_compiles_without_spills(kernels, tmp_path, monkeypatch):
+    """Guards against CUDA C++ that NVRTC refuses, spills, shared memory above 48 KB and missing tensor-core code."""
+    monkeypatch.setenv('GPT_CACHE', str(tmp_path))
+    for arch in (75, 80, 90):
+        usage, code = read_cubin(kernels.cuda_image(f'sm_{arch}'))
+        for name, (registers, stack, shared) in usage.items():
+            part = code[code.index(f'.text.{name}:'):]
+            part = part[:part.index('.text.', 9) if '.text.' in part[9:] else None]
+            spills = len(re.findall(r'\b(?:LDL|STL)\b', part))
+            tensor = report(name, arch, registers, spills, shared, part)
+            assert spills == 0 and stack == 0 and shared <= 48 * 1024
+            assert tensor or name == 'softmax_rows'
+        assert len(usage) == 4
+    assert b'.target sm_75' in kernels.cuda_image('compute_75')   # PTX for the T4 path on newer GPUs
+    written = lambda: {path: path.stat().st_mtime_ns for path in tmp_path.glob('kernels-*')}
+    before = written()
+    assert len(before) == 4 and kernels.cuda_image('sm_75') and written() == before
+
+# --- What runs everywhere
+
+@pytest.mark.parametrize('setup', ['', "sys.modules['triton'] = None", "os.environ['TRITON_INTERPRET'] = '1'"])
+def test_import_is_quiet_and_works_anywhere(setup):
+    """Guards against an import that fails without Triton or a GPU, prints, warns, or starts CUDA."""
+    code = f"""if True:
+        import os, sys
+        {setup or 'pass'}
+        import torch
+        {'import numpy' if 'INTERPRET' in setup and have('numpy') else 'pass'}
+        import warnings; warnings.simplefilter('error')
+        import kernels
+        assert kernels.GPT_KERNELS == 1 and not torch.cuda.is_initialized()
+        q = torch.randn(1, 2, 5, 16)
+        assert torch.allclose(kernels.attention(q, q, q), kernels.attention_reference(q, q, q), atol=1e-5)
+        assert kernels.choose(q, q, q) == ('sdpa', 'the device is cpu') and kernels.calls['sdpa'] == 1
+        try: kernels.attention(q, q, q, impl='cuda')
+        except ValueError as error: assert 'the device is cpu' in str(error)
+        else: assert False"""
+    result = subprocess.run([sys.executable, '-c', code], cwd=HERE, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, ''), result.stdout + result.stderr
+
+def test_a_foreign_package_of_the_same_name(tmp_path):
+    """Guards against taking Hugging Face's package `kernels` for this file: only ours has the marker, and ours can be
+    loaded by its path beside theirs, twice."""
+    (tmp_path / 'kernels').mkdir()
+    (tmp_path / 'kernels' / '__init__.py').write_text('def get_kernel(): pass\n')
+    code = f"""if True:
+        import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.path.append({str(HERE)!r})
+        import kernels, torch
+        assert getattr(kernels, 'GPT_KERNELS', None) is None
+        import test_kernels as tests
+        first, second = tests.load_kernels(), tests.load_kernels(name='again')
+        q = torch.randn(1, 2, 5, 16)
+        assert torch.equal(first.attention(q, q, q), second.attention(q, q, q))"""
+    code = code.replace('test_kernels', Path(__file__).stem)
+    result = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+def test_examples():
+    """Guards against examples in docstrings that have gone wrong."""
+    result = doctest.testmod(gpt.kernels)
+    assert result.attempted and not result.failed
+
+def test_attention_on_this_machine_agrees_with_the_formula(kernels):
+    """Guards against SDPA's other conventions: causal aligned top-left, groups, NaN for a query that sees no key."""
+    for T, D, (H, H_kv), causal, other, pattern, _ in covering_pairs(*CASES):
+        q, k, v, do = attention_inputs(H, H_kv, T, max(T + other, 1), D, torch.float64, pattern)
+        ours = output_and_gradients(lambda *a: kernels.attention(*a, causal=causal, scale=0.3), q, k, v, do)
+        assert worst_error(ours, exact(kernels, q, k, v, do, causal=causal, scale=0.3)) < 1e-12
+        plain = kernels.attention(q, k, v, causal, scale=0.3, impl='plain')
+        assert torch.equal(plain, kernels.attention_reference(q, k, v, causal, scale=0.3))
+
+def test_chunks_of_queries_equal_one_pass(kernels):
+    """Guards against a mask by position in the chunk instead of position in the sequence."""
+    q, k, v, _ = attention_inputs(4, 2, 21, 21, 16, torch.float64)
+    whole = kernels.attention(q, k, v)
+    for size in (1, 3, 7):
+        parts = [kernels.attention(q[:, :, i:i + size], k[:, :, :i + size], v[:, :, :i + size])
+                 for i in range(0, 21, size)]
+        assert torch.allclose(torch.cat(parts, 2), whole, atol=1e-12)
+
+def test_decode_on_this_machine(kernels):
+    """Guards against attention to unused places of a cache, for equal and for ragged lengths."""
+    q, k, v, _ = attention_inputs(4, 2, 1, 30, 16, torch.float64)
+    for lengths in ((30, 30), (7, 7), (1, 20)):
+        ours = kernels.decode_attention(q, k, v, torch.tensor(lengths, dtype=torch.int32))
+        for b, n in enumerate(lengths):
+            one = slice(b, b + 1)
+            truth = kernels.attention_reference(q[one], k[one, :, :n], v[one, :, :n])
+            assert torch.allclose(ours[one], truth, atol=1e-12)
+
+def pretend(kernels, monkeypatch, capability, **present):
+    """A machine with this GPU, as far as the rules can see."""
+    monkeypatch.setattr(kernels, 'capability', lambda device: capability)
+    monkeypatch.setattr(kernels, 'has_compiler', lambda: present.get('compiler', True))
+    monkeypatch.setattr(kernels, 'triton', object() if present.get('triton', True) else None)
+    monkeypatch.setattr(torch.version, 'cuda', '13.0' if present.get('cuda', True) else None)
+    spec = importlib.util.find_spec
+    found = lambda name: present.get('bindings', True) if 'cuda' in name else spec(name)
+    monkeypatch.setattr(importlib.util, 'find_spec', found)
+    describe = kernels.describe
+    return lambda dtype=torch.float16, D=64, impl='auto', dropout=False: describe('cuda', dtype, D, impl, dropout)
+
+def test_rules(monkeypatch):
+    """Guards against a kernel chosen where it cannot run, or SDPA without saying why."""
+    half, bf16, single = torch.float16, torch.bfloat16, torch.float32
+    table = [((8, 0), {}, {}, 'triton', 'capability 8.0, float16, D = 64'), ((12, 0), {}, {}, 'triton', '12.0'),
+             ((9, 0), {}, dict(dtype=bf16, D=128), 'triton', '9.0'), ((8, 0), {}, dict(dtype=single), 'sdpa', 'fp32'),
+             ((8, 0), {}, dict(D=129), 'sdpa', 'D <= 128'), ((8, 0), dict(triton=False), {}, 'sdpa', 'not installed'),
+             ((8, 0), dict(compiler=False), {}, 'sdpa', 'C compiler'), ((8, 0), dict(cuda=False), {}, 'sdpa', 'ROCm'),
+             ((7, 5), {}, {}, 'cuda', '7.5'), ((7, 5), {}, dict(D=80), 'sdpa', 'D = 64'),
+             ((7, 5), {}, dict(dtype=bf16), 'sdpa', 'fp16'), ((7, 5), {}, dict(dropout=True), 'sdpa', 'dropout'),
+             ((7, 5), dict(bindings=False), {}, 'sdpa', 'cuda-bindings'), ((7, 0), {}, {}, 'sdpa', 'capability 8.0'),
+             ((8, 0), {}, dict(impl='cuda'), 'cuda', 'asked for'), ((7, 5), {}, dict(impl='plain'), 'plain', 'asked')]
+    refused = [((7, 5), {}, dict(impl='triton'), 'tensor-core'), ((7, 0), {}, dict(impl='cuda'), '7.5'),
+               ((8, 0), dict(triton=False), dict(impl='triton'), 'not installed'),
+               ((8, 0), {}, dict(impl='cuda', dropout=True), 'dropout'), ((8, 0), {}, dict(impl='flash'), 'choose one')]
+    for capability, present, request, name, reason in table:
+        described = pretend(load_kernels(), monkeypatch, capability, **present)(**request)
+        assert described[0] == name and reason in described[1], (capability, present, request, described)
+    for capability, present, request, reason in refused:
+        with pytest.raises(ValueError, match=reason):
+            pretend(load_kernels(), monkeypatch, capability, **present)(**request)
+    for capability, name in (((9, 0), 'sdpa'), ((8, 0), 'triton')):
+        kernels = load_kernels()
+        kernels.SDPA_WINS.add(((9, 0), 64))
+        assert pretend(kernels, monkeypatch, capability)()[0] == name
+
+def alone_refusals():
+    kernels = load_kernels()
+    q, k, v, _ = attention_inputs(4, 2, 8, 8, 16, torch.float32)
+    for bad, options in (((q, k[:, :, :5], v), {}), ((q[:, :3], k, v), {}), ((q, k.half(), v), {}),
+                         ((q, k, v), dict(scale=0.0))):
+        with pytest.raises(ValueError, match='cannot run'):
+            kernels.attention(*bad, impl='triton', **options)
+
+@needs_interpreter
+def test_kernels_refuse_what_they_cannot_read():
+    """Guards against kernels that read beyond a tensor, or that overflow under a scale that is not positive."""
+    run_alone(alone_refusals, TRITON_INTERPRET='1')
+
+# --- The loss
+
+def loss_inputs(dtype=torch.float64, N=50, C=16, V=300):
+    torch.manual_seed(1)
+    x, weight, targets = torch.randn(N, C), torch.randn(V, C), torch.randint(V, (N,))
+    targets[::7] = -1
+    return x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
+
+def loss_and_gradients(loss, *inputs):
+    return loss.detach(), *torch.autograd.grad(loss * 1.7, inputs)
+
+def check_loss(kernels, monkeypatch):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6), (torch.float16, 2e-3),
+                             (torch.bfloat16, 2e-2)):
+        x, weight, targets = loss_inputs(dtype)
+        wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+        truth = loss_and_gradients(F.cross_entropy(F.linear(*wide), targets, ignore_index=-1), *wide)
+        for slice_size in (2**24, 300 * 50 - 1, 300 * 13, 1):     # whole, two slices, several, one row each
+            monkeypatch.setattr(kernels, 'SLICE', slice_size)
+            ours = loss_and_gradients(kernels.linear_cross_entropy(x, weight, targets), x, weight)
+            assert ours[0].dtype == torch.promote_types(dtype, torch.float32) and ours[2].dtype == dtype
+            for a, b in zip(ours, truth):
+                assert kernels.relative_error(a, b) < tolerance, (dtype, slice_size)
+        nothing = kernels.linear_cross_entropy(x, weight, torch.full_like(targets, -1))
+        assert nothing.isnan()                                    # as F.cross_entropy: a mean over nothing
+
+def test_loss_agrees_with_pytorch(kernels, monkeypatch):
+    """Guards against wrong gradients, slices, ignored targets, dtypes and scales (a loss scaled before backward)."""
+    check_loss(kernels, monkeypatch)
+
+def alone_loss():
+    kernels = load_kernels()
+    real, kernels.missing = kernels.missing, lambda impl, device, *a: real(impl, device, *a)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        check_loss(kernels, monkeypatch)
+    assert kernels.calls['cross_entropy_kernel'] > 0
+    print('cross-entropy rows agree;', dict(kernels.calls))
+
+@needs_interpreter
+def test_triton_loss_rows_agree_with_pytorch():
+    """Guards against a wrong Triton row kernel: logits overwritten too early, ragged ends, ignored rows."""
+    run_alone(alone_loss, TRITON_INTERPRET='1')
+
+def test_loss_under_autocast_no_grad_and_compile(kernels, monkeypatch):
+    """Guards against a loss made in bf16, gradients in another dtype than the parameters, gradients made in evaluation
+    and more than one op in a compiled graph."""
+    x, weight, targets = loss_inputs(torch.float32)
+    for slice_size in (2**24, 300 * 13):
+        monkeypatch.setattr(kernels, 'SLICE', slice_size)
+        with torch.autocast('cpu', torch.bfloat16):
+            plain = F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1)
+            loss = kernels.linear_cross_entropy(x, weight, targets)
+        assert loss.dtype == torch.float32 and abs(loss - plain) < 1e-5
+        for a, b in zip(loss_and_gradients(loss, x, weight), loss_and_gradients(plain, x, weight)):
+            assert a.dtype == b.dtype == torch.float32 and kernels.relative_error(a, b) < 1e-2
+    made = kernels.linear_cross_entropy_forward(x.detach(), weight.detach(), targets, -1, False)
+    assert made[2].numel() == made[3].numel() == 0
+    asked = []
+    real = kernels.linear_cross_entropy_forward
+    monkeypatch.setattr(kernels, 'linear_cross_entropy_forward', lambda *a: asked.append(a[-1]) or real(*a))
+    with torch.no_grad():
+        without = kernels.linear_cross_entropy(x, weight, targets)
+    assert torch.equal(without, kernels.linear_cross_entropy(x, weight, targets)) and asked == [False, True]
+    monkeypatch.undo()
+    monkeypatch.setattr(kernels, 'SLICE', 300 * 13)
+    torch.library.opcheck(kernels.linear_cross_entropy_forward, (x, weight, targets, -1, True))
+    torch.library.opcheck(kernels.linear_cross_entropy_forward, (x.detach(), weight.detach(), targets, -1, False))
+    compiled = torch.compile(kernels.linear_cross_entropy, backend='aot_eager', fullgraph=True)
+    for N in (50, 41):
+        for a, b in zip(*(loss_and_gradients(f(x[:N], weight, targets[:N]), x, weight)
+                          for f in (compiled, kernels.linear_cross_entropy))):
+            assert kernels.relative_error(a, b) < 1e-6
+
+def test_loss_with_a_tied_weight(kernels, monkeypatch):
+    """Guards against losing one of the two gradients of a weight that is embedding and head at once."""
+    monkeypatch.setattr(kernels, 'SLICE', 300 * 13)
+    _, weight, targets = loss_inputs()
+    x = weight[targets.clamp(min=0)]
+    ours, = torch.autograd.grad(kernels.linear_cross_entropy(x, weight, targets), weight, retain_graph=True)
+    truth, = torch.autograd.grad(F.cross_entropy(F.linear(x, weight), targets, ignore_index=-1), weight)
+    assert torch.allclose(ours, truth, atol=1e-12)
+
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='reads the peak of memory from /proc')
+def test_loss_keeps_memory_low():
+    """Guards against logits that exist as a whole: 1,024 tokens at GPT-2's vocabulary are 206 MB, three times over."""
+    code = """if True:
+        import sys, torch, kernels
+        peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1024
+        torch.set_num_threads(1)
+        N, C, V = 1024, 64, 50257
+        x, t = torch.randn(N, C, requires_grad=True), torch.randint(V, (N,))
+        w = (torch.randn(V, C) * 0.02).requires_grad_()
+        before = peak()
+        if 'plain' in sys.argv: torch.nn.functional.cross_entropy(x @ w.T, t).backward()
+        else: kernels.linear_cross_entropy(x, w, t).backward()
+        print(peak() - before)"""
+    grown = {}
+    for how in ('sliced', 'plain'):
+        result = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, how], cwd=HERE, capture_output=True,
+                                text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        assert result.returncode == 0, result.stderr
+        grown[how] = float(result.stdout)
+    print(', '.join(f'{how} +{grown[how]:.0f} MB' for how in grown))
+    assert grown['sliced'] < 200 and grown['plain'] > 2.5 * grown['sliced']
+
+def test_command_line(tmp_path):
+    """Guards against a benchmark that fails, or says nothing useful, on a machine without a GPU."""
+    file = tmp_path / 'out.json'
+    result = subprocess.run([sys.executable, '-W', 'ignore', 'kernels.py', '--json', str(file)], cwd=HERE, text=True,
+                            capture_output=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert result.returncode == 0, result.stdout + result.stderr
+    print(result.stdout)
+    rows = json.loads(file.read_text())['rows']
+    assert {row['name'] for row in rows} == {'attention', 'decode_attention', 'linear_cross_entropy', 'softmax'}
+    assert all(row['ok'] and row['forward_ms'] > 0 and row['ran'] for row in rows)

@@ -1,0 +1,1189 @@
+"""Fused GPU kernels for gpt.py, which trains and samples without them too.
+
+    softmax(x)                                      the gentlest kernel: one row, one program. Read it first
+    attention(q, k, v)                              softmax(q k^T / sqrt(D)) v; no T x T matrix is ever stored
+    decode_attention(q, k_cache, v_cache, lengths)  the same for one new token per sequence and a long cache
+    linear_cross_entropy(x, weight, targets)        the training loss; the N x V logits never exist all at once
+
+Each runs on every device. `attention` picks an implementation by rules, before any launch; `choose` says which and why:
+
+    triton   capability 8.0 and up (A100, H100, RTX 30 and newer), fp16 and bf16, D <= 128
+    cuda     capability 7.5 (T4, the free Colab GPU), fp16, D = 64. Triton emits no tensor-core instructions there
+    sdpa     PyTorch's scaled_dot_product_attention: everything else, CPUs included
+    plain    attention_reference below, for readers; only when asked for
+
+`python kernels.py [--json FILE]` checks what runs on this machine against float64 and times it. With TRITON_INTERPRET=1
+in front it also checks the Triton kernels, without a GPU.
+
+B batch, H query heads, H_kv key and value heads (GQA; H_kv divides H), TQ queries, TK keys, D head size, N rows,
+C channels, V vocabulary. m, l and acc are the running maximum, sum and output of the papers: the online softmax
+(arxiv.org/abs/1805.02867) and FlashAttention-2 (arxiv.org/abs/2307.08691).
+"""
+# SPDX-License-Identifier: MIT
+import argparse, collections, ctypes, functools, hashlib, importlib.util, json, math, operator, os  # noqa: E401
+import pathlib, shutil, sysconfig, tempfile, time, warnings  # noqa: E401
+
+import torch
+import torch.nn.functional as F
+
+try:
+    import triton
+    import triton.language as tl
+    jit = triton.jit
+except ImportError:   # no Triton for this platform: the kernels stay Python functions that nobody calls
+    triton, jit = None, lambda function: function
+
+    class tl:
+        constexpr = None
+
+GPT_KERNELS = 1                      # tells this file from the Hugging Face package that is also called kernels
+calls = collections.Counter()        # launches by kernel name; 'sdpa' and 'plain' count calls outside torch.compile
+LOG2E = 1.4426950408889634           # kernels use exp2, the GPU's own instruction: e^x = 2^(x log2(e))
+HALF = (torch.float16, torch.bfloat16)
+FLOATS = (*HALF, torch.float32)
+INTERPRET = triton is not None and os.environ.get('TRITON_INTERPRET') == '1'
+
+
+# --- Which implementation: rules, asked before anything is launched
+
+def constant(function):
+    """Remembers results. The mark is what torch.compiler.assume_constant_result sets: torch.compile calls the function
+    while it traces and keeps the answer. That decorator itself would import 0.7 s of compiler into every run."""
+    remembered = functools.lru_cache(None)(function)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        return remembered(*args, **kwargs)
+    call._dynamo_marked_constant = True
+    return call
+
+def capability(device):
+    return torch.cuda.get_device_capability(device)
+
+def has_compiler():
+    """Triton builds a small C launcher for each kernel; container images often lack a compiler or Python.h."""
+    header = os.path.join(sysconfig.get_path('include'), 'Python.h')
+    return bool(os.environ.get('CC') or shutil.which('gcc') or shutil.which('clang')) and os.path.exists(header)
+
+@constant
+def missing(impl, device, dtype=None, D=64, dropout=False):
+    """Why kernels of this kind ('triton', 'cuda') cannot run here, or ''. With a dtype: why attention cannot."""
+    if impl == 'triton' and triton is None:
+        return 'Triton is not installed'
+    if impl == 'triton' and dtype and (dtype not in FLOATS or D > 128):
+        return f'it is written for fp16, bf16 and fp32 and D <= 128, not for {str(dtype)[6:]} and D = {D}'
+    if impl == 'triton' and INTERPRET:
+        if device.type != 'cpu':
+            return 'TRITON_INTERPRET=1 runs kernels on CPU tensors only'
+        return "bf16 products are wrong in Triton's interpreter" if dtype == torch.bfloat16 else ''
+    if device.type != 'cuda':
+        return f'the device is {device.type}'
+    if not torch.version.cuda:
+        return 'nobody has tried these kernels on ROCm'
+    if impl == 'triton':
+        if dtype and capability(device) < (8, 0):
+            return 'below capability 8.0 Triton emits no tensor-core instructions'
+        return '' if has_compiler() else 'Triton needs a C compiler and Python.h'
+    if capability(device) < (7, 5):
+        return 'the tensor-core instructions that it uses need capability 7.5'
+    if not (importlib.util.find_spec('cuda') and importlib.util.find_spec('cuda.bindings')):
+        return 'the package cuda-bindings is not installed'
+    fits = dtype is None or dtype == torch.float16 and D == 64 and not dropout
+    return '' if fits else 'it is written for fp16 and D = 64, without dropout'
+
+def refuse(impl, reason):
+    if reason:
+        raise ValueError(f'impl={impl!r} cannot run: {reason}')
+
+SDPA_WINS = set()   # (capability, D) where PyTorch's attention was measured faster. Empty: no GPU has measured it yet
+
+@constant
+def describe(device, dtype, head_dim, impl='auto', dropout=False):
+    """(name, reason) from device, dtype and head size alone. Cheap: nothing is compiled or launched."""
+    device, D = torch.device(device), head_dim
+    if impl not in ('auto', 'triton', 'cuda', 'sdpa', 'plain'):
+        raise ValueError(f'impl={impl!r}: choose one of auto, triton, cuda, sdpa, plain')
+    if impl != 'auto':
+        refuse(impl, impl in ('triton', 'cuda') and missing(impl, device, dtype, D, dropout))
+        return impl, 'asked for'
+    if device.type != 'cuda':
+        return 'sdpa', f'the device is {device.type}'
+    name = 'cuda' if capability(device) == (7, 5) else 'triton'
+    if reason := missing(name, device, dtype, D, dropout):
+        return 'sdpa', f'{name}: {reason}'
+    if dtype == torch.float32:
+        return 'sdpa', 'fp32 does not use tensor cores'
+    where = 'capability {}.{}'.format(*capability(device)) + f', {str(dtype)[6:]}, D = {D}'
+    return ('sdpa', f'measured faster at {where}') if (capability(device), D) in SDPA_WINS else (name, where)
+
+@constant
+def self_check(name, device, dtype, D):
+    """Runs an implementation once, forward and backward, beside PyTorch's, on a ragged causal case with grouped heads.
+    Returns what is wrong, or ''. Kernels have been known to compile and to return zeros (Triton issue 3478)."""
+    generator, results = torch.Generator(device).manual_seed(0), []
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        inputs = [torch.randn(1, heads, 200, D, device=device, dtype=dtype, generator=generator).requires_grad_()
+                  for heads in (4, 2, 2)]
+        for impl in (name, 'sdpa'):
+            o = attention(*inputs, impl=impl)
+            results.append((o, *torch.autograd.grad(o, inputs, inputs[0].detach())))
+    worst = max(relative_error(ours, theirs) for ours, theirs in zip(*results))
+    if worst < 0.02:                                              # bf16 comes to 0.006, the others to less
+        return ''
+    problem = f'{name} attention is {worst:.1e} away from PyTorch in {dtype}, D = {D}, on {device}'
+    warnings.warn(f'{problem}; using PyTorch')
+    return problem
+
+def relative_error(a, b):
+    """|a - b| / |b| in float64; NaN counts as infinite."""
+    error = ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
+    return math.inf if math.isnan(error) else error
+
+def choose(q, k, v, causal=True, dropout_p=0.0, impl='auto'):
+    """(name, reason): the implementation that `attention` uses for these tensors."""
+    D, dropout = operator.index(q.shape[-1]), True if dropout_p else False    # plain values, for torch.compile too
+    name, reason = describe(q.device, q.dtype, D, impl, dropout)
+    if name in ('sdpa', 'plain'):
+        return name, reason
+    alike = q.dtype == k.dtype == v.dtype and D == k.shape[-1] and k.shape == v.shape and q.shape[0] == k.shape[0]
+    fits = alike and q.numel() and k.numel() and q.shape[1] % k.shape[1] == 0
+    odd = '' if fits else 'q, k and v do not fit together, or are empty'
+    if impl != 'auto':
+        refuse(impl, odd)
+    elif odd := odd or self_check(name, q.device, q.dtype, D):
+        return 'sdpa', odd
+    return name, reason
+
+
+# --- Ops and launches
+
+# A second copy of this file in one process (a reload, an import by path) must not define the same ops again.
+NAMESPACE = next(name for name in (f'gpt_kernels{n or ""}' for n in range(1000))
+                 if not hasattr(getattr(torch.ops, name), 'softmax_forward'))
+LIBRARY = torch.library.Library(NAMESPACE, 'DEF')
+
+def op(schema, fake, backward=None, save=None):
+    """Makes a function one opaque op: torch.compile keeps its graph whole and does not look inside. `fake` makes empty
+    outputs from shapes alone. Library.define costs 8 us a call where custom_op costs 47."""
+    def register(function):
+        name, full_name = function.__name__, f'{NAMESPACE}::{function.__name__}'
+        LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+        LIBRARY.impl(name, function, 'CompositeExplicitAutograd')    # for every device
+        torch.library.register_fake(full_name, fake, lib=LIBRARY)
+        if backward:
+            torch.library.register_autograd(full_name, backward, setup_context=save, lib=LIBRARY)
+        return getattr(getattr(torch.ops, NAMESPACE), name).default
+    return register
+
+def count(name):
+    if not torch.compiler.is_compiling():   # in a compiled graph a counter would be one more thing to guard on
+        calls[name] += 1
+
+def launch(kernel, grid, *args, **constants):
+    """Launches a Triton kernel on the device of its first argument, which need not be the current device."""
+    calls[kernel.__name__] += 1
+    with torch.cuda.device_of(args[0]):
+        kernel[grid](*args, **constants)
+
+
+# --- Softmax: the gentlest kernel
+
+# y_i = exp(x_i - max x) / sum_j exp(x_j - max x) over the last dimension; X and Y are (N, n), one program per row.
+# Replaces five kernels that each read and write the whole matrix (max, subtract, exp, sum, divide) by one that reads it
+# once and writes it once. Memory is slow and arithmetic nearly free, so that is what decides the time.
+@jit
+def softmax_kernel(X, Y, n, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)              # 64 bits: row * n passes 2^31 on big matrices
+    i = tl.arange(0, BLOCK)                          # a power of two, as Triton needs; the mask cuts it to n
+    x = tl.load(X + row * n + i, mask=i < n, other=float('-inf')).to(tl.float32)
+    e = tl.exp(x - tl.max(x, 0))                     # without the max, exp(89) is already infinite in fp32
+    tl.store(Y + row * n + i, (e / tl.sum(e, 0)).to(Y.dtype.element_ty), mask=i < n)
+
+# dx = y * (dy - sum_j y_j dy_j). Each output depends on every input through the denominator: hence the sum.
+@jit
+def softmax_backward_kernel(Y, DY, DX, n, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    y = tl.load(Y + row * n + i, mask=i < n, other=0.0).to(tl.float32)
+    dy = tl.load(DY + row * n + i, mask=i < n, other=0.0).to(tl.float32)
+    tl.store(DX + row * n + i, (y * (dy - tl.sum(y * dy, 0))).to(DX.dtype.element_ty), mask=i < n)
+
+def row_constants(n):
+    """A whole row sits in the registers of one program: the longer the row, the more warps share it."""
+    block = triton.next_power_of_2(n)
+    return dict(BLOCK=block, num_warps=min(max(block // 512, 1), 16))
+
+@op('(Tensor y, Tensor dy, str impl) -> Tensor', fake=lambda y, dy, impl: y.new_empty(y.shape))
+def softmax_backward(y, dy, impl):
+    if impl == 'cuda':                               # the CUDA C++ example stops at the forward pass
+        return torch.ops.aten._softmax_backward_data(dy, y, -1, y.dtype)
+    dy, dx, n = dy.contiguous(), torch.empty_like(y), y.shape[-1]
+    launch(softmax_backward_kernel, (y.numel() // n,), y, dy, dx, n, **row_constants(n))
+    return dx
+
+def save_softmax(ctx, inputs, output):
+    ctx.save_for_backward(output)
+    ctx.impl = inputs[1]
+
+def grad_softmax(ctx, dy):
+    return softmax_backward(*ctx.saved_tensors, dy, ctx.impl), None
+
+@op('(Tensor x, str impl) -> Tensor', lambda x, impl: x.new_empty(x.shape), grad_softmax, save_softmax)
+def softmax_forward(x, impl):
+    x, n = x.contiguous(), x.shape[-1]
+    y, rows = torch.empty_like(x), x.numel() // n
+    if impl == 'triton':
+        launch(softmax_kernel, (rows,), x, y, n, **row_constants(n))
+    else:
+        arguments = ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_int(rows), ctypes.c_int(n)
+        launch_cuda('softmax_rows', (-(-rows // 4), 1), x, *arguments)
+    return y
+
+def softmax(x, impl='auto'):
+    """Softmax over the last dimension. `impl`: auto, triton, cuda (fp16) or sdpa (PyTorch's)."""
+    fits = x.dtype in FLOATS and x.numel() > 0 and x.shape[-1] <= 65536
+    if impl == 'sdpa' or impl == 'auto' and not (x.is_cuda and fits and not missing('triton', x.device)):
+        return torch.softmax(x, -1)
+    name, fits = ('triton', fits) if impl == 'auto' else (impl, fits and (impl == 'triton' or x.dtype == torch.float16))
+    refuse(impl, missing(name, x.device) or (not fits and 'it is written for short rows of 16 or 32 bits'))
+    return softmax_forward(x, name)
+
+
+# --- Attention, the readable way, and PyTorch's
+
+def causal_mask(TQ, TK, device):
+    """True where query i may see key j. Aligned bottom-right: the last query sees every key, as with a cache.
+
+    >>> causal_mask(2, 3, 'cpu').int().tolist()
+    [[1, 1, 0], [1, 1, 1]]
+    """
+    return torch.ones(TQ, TK, dtype=torch.bool, device=device).tril(TK - TQ)
+
+def attention_reference(q, k, v, causal=True, dropout_p=0.0, scale=None):
+    """The formula, step by step; what all else in this file must agree with. A query that sees no key gives 0."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))   # each kv head serves a group
+    s = q @ k.transpose(-2, -1) * scale                                              # (B, H, TQ, TK)
+    if causal:
+        hidden = ~causal_mask(q.shape[2], k.shape[2], q.device)
+        s = s.masked_fill(hidden, torch.finfo(s.dtype).min)       # not -inf: a row of them has no softmax
+    p = s.softmax(-1)
+    if causal:
+        p = p.masked_fill(hidden, 0.0)
+    return F.dropout(p, dropout_p) @ v                            # (B, H, TQ, D)
+
+def attention_sdpa(q, k, v, causal, dropout_p, scale):
+    """scaled_dot_product_attention with our conventions. The hot path on a CPU, so it does only what it must."""
+    TQ, TK = q.shape[2], k.shape[2]
+    mask, square = None, TQ == TK
+    if causal and not square and TQ > 1:                          # is_causal aligns top-left; one query sees all
+        mask = causal_mask(TQ, TK, q.device)
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and q.device.type != 'cpu' and not (mask is None and q.dtype in HALF and capability(q.device) >= (8, 0)):
+        # Only the CPU and FlashAttention know groups; elsewhere enable_gqa falls back to the slow formula.
+        k, v, grouped = *(t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v)), False
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal and square, scale=scale, enable_gqa=grouped)
+
+
+# --- Attention in Triton: forward
+
+# O = softmax(Q K^T * scale) V for Q (B, H, TQ, D), K and V (B, H_kv, TK, D), and L (B, H, TQ), the log2 of the sum, for
+# the backward pass. Replaces the formula above, which writes and reads (B, H, TQ, TK) four times.
+# One program owns BM queries of one head and walks over the keys, BN at a time. The online softmax keeps, per query,
+# the maximum m so far, the sum l of 2^(s - m), and acc, the sum of 2^(s - m) v. A new maximum rescales l and acc.
+# Q, K and V come with any strides. What we make ourselves (O, dQ, dK, dV) lies as (B, T, H, D) in memory, so that the
+# model's transpose and reshape after attention copy nothing. DP is D rounded up to a power of two; the rest is zeros.
+
+@jit
+def whose_block(length, H, SIZE: tl.constexpr):
+    """(block, b, h) of this program. Blocks vary fastest: neighbours read the same keys from the cache."""
+    blocks = tl.cdiv(length, SIZE)
+    head = (tl.program_id(0) // blocks).to(tl.int64)              # 64 bits, and so is every offset made from b and h
+    return tl.program_id(0) % blocks, head // H, head % H
+
+@jit
+def load_rows(base, stride, start, n_rows, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CHECK: tl.constexpr):
+    """Tile (ROWS, DP) from row `start` of a matrix (n_rows, D). Without CHECK the caller knows that all rows are there.
+    Only the tile's origin is a 64-bit offset: within the tile 32 bits do, and save registers."""
+    i, d = tl.arange(0, ROWS), tl.arange(0, DP)
+    at = base + tl.cast(start, tl.int64) * stride + (i[:, None] * stride + d[None, :])
+    if CHECK:
+        tile = tl.load(at, mask=(i[:, None] < n_rows - start) & (d[None, :] < D), other=0.0)
+    elif D < DP:
+        tile = tl.load(at, mask=d[None, :] < D, other=0.0)
+    else:
+        tile = tl.load(at)
+    return tile
+
+@jit
+def store_rows(base, stride, start, n_rows, tile, D: tl.constexpr, DP: tl.constexpr):
+    i, d = tl.arange(0, tile.shape[0]), tl.arange(0, DP)
+    at = base + tl.cast(start, tl.int64) * stride + (i[:, None] * stride + d[None, :])
+    tl.store(at, tile.to(base.dtype.element_ty), mask=(i[:, None] < n_rows - start) & (d[None, :] < D))
+
+@jit
+def key_range(block, TQ, TK, PHASE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr):
+    """Keys for a block of queries. Phase 0: tiles that all of them see whole, so that nothing needs a mask.
+    Phase 1: the rest, the diagonal and the ragged end."""
+    whole, stop = TK, TK
+    if CAUSAL:
+        whole = tl.maximum(tl.minimum(TK, block * BM + 1 + TK - TQ), 0)
+        stop = tl.maximum(tl.minimum(TK, block * BM + BM + TK - TQ), 0)
+    whole = whole // BN * BN
+    return (0, whole) if PHASE == 0 else (whole, stop)
+
+@jit
+def visible(row, n, TQ, TK, CAUSAL: tl.constexpr):
+    """Which (query, key) pairs count. Causal is aligned bottom-right: the last query sees the last key."""
+    return (n < TK) & (n <= row + TK - TQ) if CAUSAL else (n < TK) & (row >= 0)
+
+@jit
+def dropout(x, SEED, head, row, n, TK, dropout_p):
+    """Philox makes the random number a function of the place (head, row, n) alone. The backward kernels, whose tiles
+    differ, make the same mask again, and nobody stores it."""
+    return tl.where(tl.rand(tl.load(SEED) + head, row * TK + n) >= dropout_p, x / (1 - dropout_p), 0.0)
+
+@jit
+def attention_forward_kernel(Q, K, V, O, L, SEED, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
+                             H, H_kv, TQ, TK, scale_log2, dropout_p,
+                             D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                             CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
+    block, b, h = whose_block(TQ, H, BM)
+    block = tl.cdiv(TQ, BM) - 1 - block                           # the last queries see most keys, so they start first
+    head, h_kv = b * H + h, h // (H // H_kv)
+    m0 = block * BM
+    row = m0 + tl.arange(0, BM)
+    q = load_rows(Q + b * sqb + h * sqh, sqt, m0, TQ, BM, D, DP, True)
+    m = tl.full([BM], float('-inf'), tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, DP], tl.float32)
+    for PHASE in tl.static_range(2):                              # two loops, one text
+        start, stop = key_range(block, TQ, TK, PHASE, BM, BN, CAUSAL)
+        for n0 in range(start, stop, BN):
+            n = n0 + tl.arange(0, BN)
+            k = load_rows(K + b * skb + h_kv * skh, skt, n0, TK, BN, D, DP, PHASE == 1)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            if PHASE == 1:
+                s = tl.where(visible(row[:, None], n[None, :], TQ, TK, CAUSAL), s, float('-inf'))
+            m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+            m_safe = m_new
+            if PHASE == 1:                                        # a query that has seen no key: -inf - -inf is NaN
+                m_safe = tl.where(m_new == float('-inf'), 0.0, m_new)
+            p = tl.exp2(s * scale_log2 - m_safe[:, None])         # one multiply-add and one exp2 per element
+            alpha = tl.exp2(m - m_safe)
+            l = l * alpha + tl.sum(p, 1)
+            m = m_new
+            if DROPOUT:                                           # after l: it acts on the normalised weights
+                p = dropout(p, SEED, head, row[:, None], n[None, :], TK, dropout_p)
+            v = load_rows(V + b * svb + h_kv * svh, svt, n0, TK, BN, D, DP, PHASE == 1)
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    # A query without keys gives 0, and L = inf makes its weights 0 in the backward pass.
+    l_safe = tl.where(l > 0, l, 1.0)
+    tl.store(L + head * TQ + row, tl.where(l > 0, m + tl.log2(l_safe), float('inf')), mask=row < TQ)
+    store_rows(O + (b * TQ * H + h) * D, H * D, m0, TQ, acc / l_safe[:, None], D, DP)
+
+
+# --- Attention in Triton: backward
+
+# With S = Q K^T * scale, P = softmax(S), O = P V and the gradient dO:
+#     dV = P^T dO     dP = dO V^T     dS = P * (dP - delta)     dQ = scale * dS K     dK = scale * dS^T Q
+# where delta = rowsum(P * dP) = rowsum(O * dO): the second form needs no matrix. P is made again from Q, K and L.
+# Two kernels, because dQ sums over keys, and dK and dV sum over queries: each program owns what it writes. S and dP are
+# made twice, but without atomics the same input gives the same bits. dQ comes first and leaves delta to dK and dV.
+
+@jit
+def attention_dq_kernel(Q, K, V, O, DO, DQ, L, DELTA, SEED, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
+                        H, H_kv, TQ, TK, scale, scale_log2, dropout_p,
+                        D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                        CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
+    block, b, h = whose_block(TQ, H, BM)
+    block = tl.cdiv(TQ, BM) - 1 - block
+    head, h_kv = b * H + h, h // (H // H_kv)
+    m0 = block * BM
+    row = m0 + tl.arange(0, BM)
+    q = load_rows(Q + b * sqb + h * sqh, sqt, m0, TQ, BM, D, DP, True)
+    do = load_rows(DO + (b * TQ * H + h) * D, H * D, m0, TQ, BM, D, DP, True)
+    o = load_rows(O + (b * TQ * H + h) * D, H * D, m0, TQ, BM, D, DP, True)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(DELTA + head * TQ + row, delta, mask=row < TQ)
+    l = tl.load(L + head * TQ + row, mask=row < TQ, other=float('inf'))
+    dq = tl.zeros([BM, DP], tl.float32)
+    for PHASE in tl.static_range(2):
+        start, stop = key_range(block, TQ, TK, PHASE, BM, BN, CAUSAL)
+        for n0 in range(start, stop, BN):
+            n = n0 + tl.arange(0, BN)
+            k = load_rows(K + b * skb + h_kv * skh, skt, n0, TK, BN, D, DP, PHASE == 1)
+            v = load_rows(V + b * svb + h_kv * svh, svt, n0, TK, BN, D, DP, PHASE == 1)
+            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - l[:, None])
+            if PHASE == 1:
+                p = tl.where(visible(row[:, None], n[None, :], TQ, TK, CAUSAL), p, 0.0)
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            if DROPOUT:
+                dp = dropout(dp, SEED, head, row[:, None], n[None, :], TK, dropout_p)
+            ds = p * (dp - delta[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    store_rows(DQ + (b * TQ * H + h) * D, H * D, m0, TQ, dq * scale, D, DP)
+
+@jit
+def attention_dkv_kernel(Q, K, V, DO, DK, DV, L, DELTA, SEED, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
+                         H, H_kv, TQ, TK, scale, scale_log2, dropout_p,
+                         D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                         CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
+    block, b, h_kv = whose_block(TK, H_kv, BN)                    # BN keys of one kv head; the first have most queries
+    n0 = block * BN
+    n = n0 + tl.arange(0, BN)
+    k = load_rows(K + b * skb + h_kv * skh, skt, n0, TK, BN, D, DP, True)
+    v = load_rows(V + b * svb + h_kv * svh, svt, n0, TK, BN, D, DP, True)
+    dk = tl.zeros([BN, DP], tl.float32)
+    dv = tl.zeros([BN, DP], tl.float32)
+    # Phase 0: the diagonal. Phase 1: queries that see all our keys. Keys beyond TK need no mask: rows of dK and
+    # dV that nobody stores. Queries beyond TQ load L = inf, so their weights are 0.
+    first, whole = 0, 0
+    if CAUSAL:
+        first = tl.maximum(block * BN + TQ - TK, 0) // BM * BM
+        whole = tl.minimum(tl.cdiv(tl.maximum(block * BN + BN - 1 + TQ - TK, 0), BM) * BM, TQ)
+    for g in range(0, H // H_kv):                                 # sum over the query heads of the group
+        h = h_kv * (H // H_kv) + g
+        head = b * H + h
+        for PHASE in tl.static_range(2):
+            for m0 in range(first if PHASE == 0 else whole, whole if PHASE == 0 else TQ, BM):
+                row = m0 + tl.arange(0, BM)
+                q = load_rows(Q + b * sqb + h * sqh, sqt, m0, TQ, BM, D, DP, True)
+                do = load_rows(DO + (b * TQ * H + h) * D, H * D, m0, TQ, BM, D, DP, True)
+                l = tl.load(L + head * TQ + row, mask=row < TQ, other=float('inf'))
+                delta = tl.load(DELTA + head * TQ + row, mask=row < TQ, other=0.0)
+                # All tiles transposed, (BN, BM): P^T and dS^T are then the left operands of their products as they are.
+                pt = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - l[None, :])
+                if PHASE == 0:
+                    pt = tl.where(visible(row[None, :], n[:, None], TQ, TK, True), pt, 0.0)
+                dpt = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                kept = pt
+                if DROPOUT:
+                    kept = dropout(pt, SEED, head, row[None, :], n[:, None], TK, dropout_p)
+                    dpt = dropout(dpt, SEED, head, row[None, :], n[:, None], TK, dropout_p)
+                dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
+                dst = pt * (dpt - delta[None, :])
+                dk = tl.dot(dst.to(q.dtype), q, dk, input_precision=PRECISION)
+    store_rows(DK + (b * TK * H_kv + h_kv) * D, H_kv * D, n0, TK, dk * scale, D, DP)
+    store_rows(DV + (b * TK * H_kv + h_kv) * D, H_kv * D, n0, TK, dv, D, DP)
+
+# (BM, BN, warps, stages) of the forward, dQ and dK/dV kernels, by padded head size and whether the GPU is a Hopper. BM
+# counts queries, BN keys. Constants, not autotune: no minutes of search at the first step, the same bits in every run.
+# The shapes of Triton's fused-attention tutorial, cut until the compiler reports no spills at D = 64 and shared memory
+# fits the smallest GPU of each kind (99 KB on RTX 30 and 40, 227 KB on H100). No GPU has measured them yet.
+TILES = {(64, False): ((128, 64, 4, 3), (128, 32, 8, 2), (32, 128, 8, 2)),
+         (64, True): ((128, 64, 8, 3), (128, 32, 8, 2), (32, 128, 8, 2)),
+         (128, False): ((128, 64, 8, 2), (128, 32, 8, 2), (32, 64, 8, 2)),
+         (128, True): ((128, 64, 8, 3), (128, 32, 8, 2), (32, 64, 8, 2))}
+FLOAT32_TILES = ((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1))   # full-precision products, without tensor cores
+INTERPRETER_TILES = ((64, 64, 4, 1),) * 3                          # big: the interpreter pays per program and step
+
+def attention_constants(device, dtype, D, causal, dropout):
+    """The compile-time arguments of the three kernels: forward, dQ, dK/dV."""
+    DP, tiles = max(triton.next_power_of_2(D), 16), INTERPRETER_TILES
+    if device.type == 'cuda':
+        tiles = FLOAT32_TILES if dtype == torch.float32 else TILES[max(DP, 64), capability(device) == (9, 0)]
+    return [dict(D=D, DP=DP, BM=BM, BN=BN, CAUSAL=causal, DROPOUT=dropout, PRECISION='ieee', num_warps=warps,
+                 num_stages=stages) for BM, BN, warps, stages in tiles]
+
+def triton_forward(q, k, v, o, l, seed, causal, dropout_p, scale):
+    (B, H, TQ, D), (_, H_kv, TK, _) = q.shape, k.shape
+    constants, _, _ = attention_constants(q.device, q.dtype, D, causal, dropout_p > 0)
+    seed = q if seed is None else seed                            # without dropout nobody reads it
+    launch(attention_forward_kernel, (triton.cdiv(TQ, constants['BM']) * B * H,), q, k, v, o, l, seed,
+           *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], H, H_kv, TQ, TK, scale * LOG2E, dropout_p, **constants)
+
+def triton_backward(q, k, v, o, do, l, dq, dk, dv, delta, seed, causal, dropout_p, scale):
+    (B, H, TQ, D), (_, H_kv, TK, _) = q.shape, k.shape
+    _, for_dq, for_dkv = attention_constants(q.device, q.dtype, D, causal, dropout_p > 0)
+    rest = (l, delta, q if seed is None else seed, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], H, H_kv, TQ, TK,
+            scale, scale * LOG2E, dropout_p)
+    launch(attention_dq_kernel, (triton.cdiv(TQ, for_dq['BM']) * B * H,), q, k, v, o, do, dq, *rest, **for_dq)
+    launch(attention_dkv_kernel, (triton.cdiv(TK, for_dkv['BN']) * B * H_kv,), q, k, v, do, dk, dv, *rest, **for_dkv)
+
+
+# --- Attention in CUDA C++, for Turing
+
+# The same algorithm one level lower: tiles of 64 x 64, a warp owns 16 rows. No headers: the compiler needs no include
+# path. mma.sync multiplies fp16 fragments that lie spread over a warp. With g = lane / 4 and t = lane % 4, a lane holds
+# of a 16 x 8 result the places (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1); of a 16 x 16 left operand the pairs that
+# begin at (g, 2t), (g+8, 2t), (g, 2t+8), (g+8, 2t+8); of a 16 x 8 right operand rows 2t, 2t+1, 2t+8, 2t+9 of column g
+# (docs.nvidia.com/cuda/parallel-thread-execution, "Matrix Fragments for mma.m16n8k16"). So two results side by side
+# already are a left operand: S becomes P, and P the factor of V, without leaving its registers.
+CUDA_SOURCE = r'''
+typedef unsigned int u32; typedef unsigned short u16; typedef long long i64;   // a u16 holds the bits of one fp16
+struct alignas(16) Vec { u32 x, y, z, w; };                                    // 8 fp16, the widest load
+#define D 64
+#define TILE 64
+#define LD (D + 8)               // padded rows in shared memory: 8 rows read at once hit different banks
+#define UNROLL _Pragma("unroll") // arrays live in registers only where every index is known at compile time
+#define INF __int_as_float(0x7f800000)
+#define INLINE __device__ __forceinline__
+#define KERNEL extern "C" __global__ void __launch_bounds__(128)
+
+#ifndef EMULATE                  // six instructions; the tests put their own in place of them
+INLINE u16 half_bits(float x) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x)); return h; }
+INLINE float to_float(u16 h) { float x; asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h)); return x; }
+INLINE float shuffle_xor(float x, int m) { return __shfl_xor_sync(0xffffffffu, x, m); }
+INLINE void mma_16x8x8(float c[4], u32 a0, u32 a1, u32 b) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b));
+}
+INLINE void mma_16x8x16(float c[4], const u32 a[4], u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+INLINE void load_transposed(u32 &b0, u32 &b1, const u16 *row) {   // two 8 x 8 blocks; lane i points at row i of 16
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+        : "=r"(b0), "=r"(b1) : "r"((u32)__cvta_generic_to_shared(row)));
+}
+#endif
+
+// C (16 x 8) += A (16 x 16) B (16 x 8). Turing has only the half-depth instruction.
+INLINE void mma(float c[4], const u32 a[4], u32 b0, u32 b1) {
+#if __CUDA_ARCH__ >= 800
+    mma_16x8x16(c, a, b0, b1);
+#else
+    mma_16x8x8(c, a[0], a[1], b0);
+    mma_16x8x8(c, a[2], a[3], b1);
+#endif
+}
+INLINE u32 pack(float low, float high) { return half_bits(low) | (u32)half_bits(high) << 16; }
+
+// Softmax over rows of n, a warp per row. Butterflies: after five exchanges all lanes have the maximum, then the sum.
+KERNEL softmax_rows(const u16 *X, u16 *Y, int rows, int n) {
+    const int lane = threadIdx.x % 32, row = blockIdx.x * 4 + threadIdx.x / 32;
+    if (row >= rows) return;     // the whole warp leaves, so nobody waits for it
+    X += (i64)row * n; Y += (i64)row * n;
+    float m = -INF, l = 0;
+    for (int i = lane; i < n; i += 32) m = fmaxf(m, to_float(X[i]));
+    for (int k = 16; k; k /= 2) m = fmaxf(m, shuffle_xor(m, k));
+    for (int i = lane; i < n; i += 32) l += expf(to_float(X[i]) - m);
+    for (int k = 16; k; k /= 2) l += shuffle_xor(l, k);
+    for (int i = lane; i < n; i += 32) Y[i] = half_bits(expf(to_float(X[i]) - m) / l);
+}
+
+struct Attention {               // the argument of all three kernels; strides of q, k, v: batch, head, time
+    const u16 *Q, *K, *V, *DO; u16 *O, *DQ, *DK, *DV; float *L, *DELTA;
+    i64 q[3], k[3], v[3]; int H, H_kv, TQ, TK, causal; float scale, scale_log2;
+};
+
+// 64 rows from global to shared memory; rows beyond the end become 0.
+INLINE void load_tile(u16 *tile, const u16 *base, i64 stride, int row0, int rows) {
+    for (int i = threadIdx.x; i < TILE * (D / 8); i += 128) {
+        const int r = i / (D / 8), c = i % (D / 8) * 8;
+        Vec x = {0, 0, 0, 0};
+        if (row0 + r < rows) x = *(const Vec *)(base + (row0 + r) * stride + c);
+        *(Vec *)(tile + r * LD + c) = x;
+    }
+}
+// This warp's 16 rows of a tile as left operands, which stay in registers for the whole kernel.
+INLINE void load_left(u32 a[D / 16][4], const u16 *tile) {
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4, col = lane % 4 * 2;
+    UNROLL for (int k = 0; k < D / 16; k++) UNROLL for (int i = 0; i < 4; i++)
+        a[k][i] = *(const u32 *)&tile[(row + i % 2 * 8) * LD + k * 16 + i / 2 * 8 + col];
+}
+// C (16 x 64) += A B^T for a tile B. Rows of B are columns of B^T: the right operand is read as it lies.
+INLINE void multiply_abt(float c[8][4], const u32 a[D / 16][4], const u16 *tile) {
+    const int lane = threadIdx.x % 32;
+    UNROLL for (int k = 0; k < D / 16; k++) UNROLL for (int j = 0; j < 8; j++) {
+        const u16 *b = &tile[(j * 8 + lane / 4) * LD + k * 16 + lane % 4 * 2];
+        mma(c[j], a[k], *(const u32 *)b, *(const u32 *)(b + 8));
+    }
+}
+// C (16 x D) += P B for a tile B; P (16 x 64) is a result still in registers and is rounded to fp16.
+INLINE void multiply_pb(float c[D / 8][4], const float p[8][4], const u16 *tile) {
+    UNROLL for (int k = 0; k < 4; k++) {
+        const float *x = p[2 * k], *y = p[2 * k + 1];
+        const u32 a[4] = {pack(x[0], x[1]), pack(x[2], x[3]), pack(y[0], y[1]), pack(y[2], y[3])};
+        UNROLL for (int j = 0; j < D / 8; j++) {
+            u32 b0, b1;
+            load_transposed(b0, b1, &tile[(k * 16 + threadIdx.x % 16) * LD + j * 8]);
+            mma(c[j], a, b0, b1);
+        }
+    }
+}
+// The lane's two rows of a result, times f0 and f1, as fp16.
+INLINE void store_rows(u16 *base, i64 stride, int row0, int rows, const float c[D / 8][4], float f0, float f1) {
+    const int lane = threadIdx.x % 32;
+    UNROLL for (int r = 0; r < 2; r++) {
+        const int row = row0 + threadIdx.x / 32 * 16 + lane / 4 + r * 8;
+        const float f = r ? f1 : f0;
+        if (row < rows) UNROLL for (int j = 0; j < D / 8; j++)
+            *(u32 *)(base + row * stride + j * 8 + lane % 4 * 2) = pack(c[j][2*r] * f, c[j][2*r+1] * f);
+    }
+}
+
+// Grid (ceil(TQ / 64), B * H). O, DO, DQ, DK and DV lie as (B, T, H, D).
+KERNEL attention_forward(const Attention A) {
+    __shared__ __align__(16) u16 sk[TILE * LD], sv[TILE * LD];
+    const int lane = threadIdx.x % 32, g = threadIdx.x / 32 * 16 + lane / 4, t = lane % 4;   // g is our first row
+    const int b = blockIdx.y / A.H, h = blockIdx.y % A.H, h_kv = h / (A.H / A.H_kv), offset = A.TK - A.TQ;
+    const int row0 = (gridDim.x - 1 - blockIdx.x) * TILE;            // the longest rows start first
+    u32 q[D / 16][4];
+    load_tile(sk, A.Q + b * A.q[0] + h * A.q[1], A.q[2], row0, A.TQ);          // Q passes through K's tile, once
+    __syncthreads();
+    load_left(q, sk);
+    float acc[D / 8][4] = {}, m[2] = {-INF, -INF}, l[2] = {0, 0};
+    const int stop = A.causal ? min(A.TK, row0 + TILE + offset) : A.TK;
+    for (int n0 = 0; n0 < stop; n0 += TILE) {
+        __syncthreads();         // nobody still reads what we are about to overwrite
+        load_tile(sk, A.K + b * A.k[0] + h_kv * A.k[1], A.k[2], n0, A.TK);
+        load_tile(sv, A.V + b * A.v[0] + h_kv * A.v[1], A.v[2], n0, A.TK);
+        __syncthreads();         // the tiles are complete
+        float s[8][4] = {};
+        multiply_abt(s, q, sk);
+        UNROLL for (int r = 0; r < 2; r++) {                         // the online softmax of row g, then of row g + 8
+            const int row = row0 + g + r * 8;
+            float m_new = m[r], sum = 0;
+            UNROLL for (int j = 0; j < 8; j++) UNROLL for (int e = 0; e < 2; e++) {
+                const int col = n0 + j * 8 + 2 * t + e;
+                float &x = s[j][2*r+e];
+                x = col >= A.TK || (A.causal && col > row + offset) ? -INF : x * A.scale_log2;
+                m_new = fmaxf(m_new, x);
+            }
+            m_new = fmaxf(m_new, shuffle_xor(m_new, 1));             // four lanes share a row
+            m_new = fmaxf(m_new, shuffle_xor(m_new, 2));
+            const float m_safe = m_new == -INF ? 0.f : m_new, alpha = exp2f(m[r] - m_safe);
+            UNROLL for (int j = 0; j < 8; j++) UNROLL for (int e = 0; e < 2; e++)
+                sum += s[j][2*r+e] = exp2f(s[j][2*r+e] - m_safe);
+            UNROLL for (int j = 0; j < D / 8; j++) { acc[j][2*r] *= alpha; acc[j][2*r+1] *= alpha; }
+            l[r] = l[r] * alpha + sum;
+            m[r] = m_new;
+        }
+        multiply_pb(acc, s, sv);
+    }
+    UNROLL for (int r = 0; r < 2; r++) {
+        l[r] += shuffle_xor(l[r], 1);
+        l[r] += shuffle_xor(l[r], 2);
+        const int row = row0 + g + r * 8;
+        if (t == 0 && row < A.TQ) A.L[(i64)blockIdx.y * A.TQ + row] = l[r] > 0 ? m[r] + log2f(l[r]) : INF;
+        l[r] = l[r] > 0 ? 1 / l[r] : 0;
+    }
+    store_rows(A.O + ((i64)b * A.TQ * A.H + h) * D, (i64)A.H * D, row0, A.TQ, acc, l[0], l[1]);
+}
+
+// Grid (ceil(TQ / 64), B * H). Leaves delta = rowsum(O * dO) for the next kernel.
+KERNEL attention_dq(const Attention A) {
+    __shared__ __align__(16) u16 sk[TILE * LD], sv[TILE * LD];
+    const int lane = threadIdx.x % 32, g = threadIdx.x / 32 * 16 + lane / 4, t = lane % 4;
+    const int b = blockIdx.y / A.H, h = blockIdx.y % A.H, h_kv = h / (A.H / A.H_kv), offset = A.TK - A.TQ;
+    const int row0 = (gridDim.x - 1 - blockIdx.x) * TILE;
+    const i64 at = ((i64)b * A.TQ * A.H + h) * D, stride = (i64)A.H * D;
+    u32 q[D / 16][4], d[D / 16][4];
+    load_tile(sk, A.DO + at, stride, row0, A.TQ);
+    load_tile(sv, A.O + at, stride, row0, A.TQ);
+    __syncthreads();
+    load_left(d, sk);
+    float dq[D / 8][4] = {}, l[2], delta[2] = {0, 0};
+    UNROLL for (int r = 0; r < 2; r++) {
+        const int row = row0 + g + r * 8;
+        const i64 place = (i64)blockIdx.y * A.TQ + row;
+        for (int i = (g + r * 8) * LD + t, n = 0; n < D; i += 4, n += 4) delta[r] += to_float(sk[i]) * to_float(sv[i]);
+        delta[r] += shuffle_xor(delta[r], 1);
+        delta[r] += shuffle_xor(delta[r], 2);
+        l[r] = row < A.TQ ? A.L[place] : INF;
+        if (t == 0 && row < A.TQ) A.DELTA[place] = delta[r];
+    }
+    __syncthreads();
+    load_tile(sk, A.Q + b * A.q[0] + h * A.q[1], A.q[2], row0, A.TQ);
+    __syncthreads();
+    load_left(q, sk);
+    const int stop = A.causal ? min(A.TK, row0 + TILE + offset) : A.TK;
+    for (int n0 = 0; n0 < stop; n0 += TILE) {
+        __syncthreads();
+        load_tile(sk, A.K + b * A.k[0] + h_kv * A.k[1], A.k[2], n0, A.TK);
+        load_tile(sv, A.V + b * A.v[0] + h_kv * A.v[1], A.v[2], n0, A.TK);
+        __syncthreads();
+        float p[8][4] = {}, dp[8][4] = {};
+        multiply_abt(p, q, sk);
+        multiply_abt(dp, d, sv);
+        UNROLL for (int j = 0; j < 8; j++) UNROLL for (int e = 0; e < 4; e++) {
+            const int row = row0 + g + e / 2 * 8, col = n0 + j * 8 + 2 * t + e % 2;
+            const bool hidden = col >= A.TK || (A.causal && col > row + offset);
+            p[j][e] = hidden ? 0 : exp2f(p[j][e] * A.scale_log2 - l[e / 2]);
+            dp[j][e] = p[j][e] * (dp[j][e] - delta[e / 2]);
+        }
+        multiply_pb(dq, dp, sk);
+    }
+    store_rows(A.DQ + at, stride, row0, A.TQ, dq, A.scale, A.scale);
+}
+
+// Grid (ceil(TK / 64), B * H_kv): 64 keys of one kv head, summed over the query heads of its group. Tiles are
+// transposed: keys down and queries across, so that P^T and dS^T already are left operands.
+KERNEL attention_dkv(const Attention A) {
+    __shared__ __align__(16) u16 sq[TILE * LD], sd[TILE * LD];
+    __shared__ float sl[TILE], sdelta[TILE];
+    const int lane = threadIdx.x % 32, g = threadIdx.x / 32 * 16 + lane / 4, t = lane % 4, group = A.H / A.H_kv;
+    const int b = blockIdx.y / A.H_kv, h_kv = blockIdx.y % A.H_kv, n0 = blockIdx.x * TILE, offset = A.TK - A.TQ;
+    u32 k[D / 16][4], v[D / 16][4];
+    load_tile(sq, A.K + b * A.k[0] + h_kv * A.k[1], A.k[2], n0, A.TK);
+    load_tile(sd, A.V + b * A.v[0] + h_kv * A.v[1], A.v[2], n0, A.TK);
+    __syncthreads();
+    load_left(k, sq);
+    load_left(v, sd);
+    float dk[D / 8][4] = {}, dv[D / 8][4] = {};
+    const int first = A.causal ? max(0, n0 - offset) / TILE * TILE : 0;        // earlier queries see none of our keys
+    for (int h = h_kv * group; h < (h_kv + 1) * group; h++) for (int m0 = first; m0 < A.TQ; m0 += TILE) {
+        const i64 place = (i64)(b * A.H + h) * A.TQ + m0;
+        __syncthreads();
+        load_tile(sq, A.Q + b * A.q[0] + h * A.q[1], A.q[2], m0, A.TQ);
+        load_tile(sd, A.DO + ((i64)b * A.TQ * A.H + h) * D, (i64)A.H * D, m0, A.TQ);
+        for (int i = threadIdx.x; i < TILE; i += 128) {
+            sl[i] = m0 + i < A.TQ ? A.L[place + i] : INF;                    // queries beyond the end weigh 2^-inf = 0
+            sdelta[i] = m0 + i < A.TQ ? A.DELTA[place + i] : 0;
+        }
+        __syncthreads();
+        float p[8][4] = {}, dp[8][4] = {};
+        multiply_abt(p, k, sq);
+        multiply_abt(dp, v, sd);
+        UNROLL for (int j = 0; j < 8; j++) UNROLL for (int e = 0; e < 4; e++) {
+            const int col = n0 + g + e / 2 * 8, i = j * 8 + 2 * t + e % 2;
+            p[j][e] = A.causal && col > m0 + i + offset ? 0 : exp2f(p[j][e] * A.scale_log2 - sl[i]);
+            dp[j][e] = p[j][e] * (dp[j][e] - sdelta[i]);
+        }
+        multiply_pb(dv, p, sd);
+        multiply_pb(dk, dp, sq);
+    }
+    const i64 at = ((i64)b * A.TK * A.H_kv + h_kv) * D, stride = (i64)A.H_kv * D;
+    store_rows(A.DK + at, stride, n0, A.TK, dk, A.scale, A.scale);
+    store_rows(A.DV + at, stride, n0, A.TK, dv, 1, 1);
+}
+'''
+
+class AttentionArguments(ctypes.Structure):
+    """`struct Attention`, field by field."""
+    _fields_ = [*((name, ctypes.c_void_p) for name in 'Q K V DO O DQ DK DV L DELTA'.split()),
+                *((name, ctypes.c_longlong * 3) for name in 'qkv'),
+                *((name, ctypes.c_int) for name in 'H H_kv TQ TK causal'.split()),
+                ('scale', ctypes.c_float), ('scale_log2', ctypes.c_float)]
+
+def attention_arguments(q, k, v, causal, scale, **tensors):
+    strides = {name: (ctypes.c_longlong * 3)(*t.stride()[:3]) for name, t in zip('qkv', (q, k, v))}
+    pointers = {name: t.data_ptr() for name, t in dict(Q=q, K=k, V=v, **tensors).items()}
+    return AttentionArguments(H=q.shape[1], H_kv=k.shape[1], TQ=q.shape[2], TK=k.shape[2], causal=causal, scale=scale,
+                              scale_log2=scale * LOG2E, **strides, **pointers)
+
+def checked(result):
+    """cuda.bindings returns (error, value)."""
+    if int(result[0]):
+        raise RuntimeError(f'CUDA C++ kernels: {result[0]!r}')
+    return result[1] if len(result) > 1 else None
+
+def cuda_image(arch):
+    """Machine code for an arch like sm_75; for compute_75 PTX, which newer GPUs translate. NVRTC compiles each source,
+    options and arch once, in about a second; the result is kept on disk."""
+    options = (f'--gpu-architecture={arch}', '-std=c++17', '--use_fast_math')
+    key = hashlib.sha256('\n'.join((CUDA_SOURCE, *options)).encode()).hexdigest()[:32]
+    path = pathlib.Path(os.environ.get('GPT_CACHE') or pathlib.Path.home() / '.cache' / 'gpt') / f'kernels-{key}'
+    if path.exists():
+        return path.read_bytes()
+    from cuda.bindings import nvrtc
+    program = checked(nvrtc.nvrtcCreateProgram(CUDA_SOURCE.encode(), b'kernels.cu', 0, [], []))
+    if int(nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]):
+        log = b' ' * checked(nvrtc.nvrtcGetProgramLogSize(program))
+        checked(nvrtc.nvrtcGetProgramLog(program, log))
+        raise RuntimeError('CUDA C++ kernels do not compile:\n' + log.decode())
+    kind = 'PTX' if arch.startswith('compute') else 'CUBIN'
+    image = b' ' * checked(getattr(nvrtc, f'nvrtcGet{kind}Size')(program))
+    checked(getattr(nvrtc, f'nvrtcGet{kind}')(program, image))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(image)
+        os.replace(file.name, path)                    # in one step: no other process reads half a file
+    except OSError:                                    # a read-only home pays that second again each time
+        pass
+    return image
+
+@functools.lru_cache(None)
+def cuda_function(name, device_index, arch):
+    from cuda.bindings import driver
+    return checked(driver.cuModuleGetFunction(checked(driver.cuModuleLoadData(cuda_image(arch))), name.encode()))
+
+def launch_cuda(name, grid, x, *arguments, arch=None):
+    """Launches a kernel of CUDA_SOURCE in blocks of 128 threads, on x's device and PyTorch's current stream."""
+    from cuda.bindings import driver
+    calls[name] += 1
+    places = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+    with torch.cuda.device(x.device):
+        function = cuda_function(name, x.device.index, arch or 'sm_{}{}'.format(*capability(x.device)))
+        stream = torch.cuda.current_stream().cuda_stream
+        checked(driver.cuLaunchKernel(function, *grid, 1, 128, 1, 1, 0, stream, ctypes.addressof(places), 0))
+
+def cuda_forward(q, k, v, o, l, seed, causal, dropout_p, scale):
+    (B, H, TQ, _), arguments = q.shape, attention_arguments(q, k, v, causal, scale, O=o, L=l)
+    launch_cuda('attention_forward', (-(-TQ // 64), B * H), q, arguments)
+
+def cuda_backward(q, k, v, o, do, l, dq, dk, dv, delta, seed, causal, dropout_p, scale):
+    (B, H, TQ, _), (_, H_kv, TK, _) = q.shape, k.shape
+    arguments = attention_arguments(q, k, v, causal, scale, O=o, DO=do, DQ=dq, DK=dk, DV=dv, L=l, DELTA=delta)
+    launch_cuda('attention_dq', (-(-TQ // 64), B * H), q, arguments)
+    launch_cuda('attention_dkv', (-(-TK // 64), B * H_kv), q, arguments)
+
+
+# --- Attention: one door
+
+def new_rows(x):
+    """An empty tensor of x's shape (B, H, T, D) that lies as (B, T, H, D) in memory."""
+    B, H, T, D = x.shape
+    return x.new_empty(B, T, H, D).transpose(1, 2)
+
+def readable(x, impl):
+    """x, or a copy if the kernels cannot read it as it lies: elements of a row side by side, rows near enough for
+    32-bit offsets within a tile, and for CUDA C++ at multiples of 16 bytes, which it reads at once."""
+    ok = x.stride(-1) == 1 and x.stride(-2) < 2**24
+    if impl == 'cuda':
+        ok = ok and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
+    return x if ok else x.clone(memory_format=torch.contiguous_format)
+
+def fake_attention(q, k, v, *rest):
+    return new_rows(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+@op('(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor l, Tensor? seed, bool causal, float dropout_p, '
+    'float scale, str impl) -> (Tensor, Tensor, Tensor)', lambda do, q, k, v, *rest: tuple(map(new_rows, (q, k, v))))
+def attention_backward(do, q, k, v, o, l, seed, causal, dropout_p, scale, impl):
+    q, k, v = (readable(x, impl) for x in (q, k, v))
+    do = do.transpose(1, 2).contiguous().transpose(1, 2)          # the layout of o; usually it is there already
+    dq, dk, dv = new_rows(q), new_rows(k), new_rows(v)
+    run = triton_backward if impl == 'triton' else cuda_backward
+    run(q, k, v, o, do, l, dq, dk, dv, torch.empty_like(l), seed, causal, dropout_p, scale)
+    return dq, dk, dv
+
+def save_attention(ctx, inputs, output):
+    q, k, v, seed, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, *output, seed)
+    ctx.set_materialize_grads(False)                              # else PyTorch makes zeros for l's gradient each time
+
+def grad_attention(ctx, do, dl):
+    return *attention_backward(do, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None
+
+@op('(Tensor q, Tensor k, Tensor v, Tensor? seed, bool causal, float dropout_p, float scale, str impl)'
+    ' -> (Tensor, Tensor)', fake_attention, grad_attention, save_attention)
+def attention_forward(q, k, v, seed, causal, dropout_p, scale, impl):
+    q, k, v = (readable(x, impl) for x in (q, k, v))
+    o, l = fake_attention(q, k, v)
+    run = triton_forward if impl == 'triton' else cuda_forward
+    run(q, k, v, o, l, seed, causal, dropout_p, scale)
+    return o, l
+
+def attention(q, k, v, causal=True, dropout_p=0.0, scale=None, impl='auto'):
+    """softmax(q k^T * scale) v: q (B, H, TQ, D), k and v (B, H_kv, TK, D) -> (B, H, TQ, D). Differentiable.
+    scale None is 1 / sqrt(D). Causal is aligned bottom-right. `impl`: auto, triton, cuda, sdpa or plain; a forced one
+    that cannot run here raises ValueError with the reason."""
+    if impl == 'sdpa' or impl == 'auto' and not q.is_cuda:        # first, because a small model on a CPU feels each us
+        count('sdpa')
+        return attention_sdpa(q, k, v, causal, dropout_p, scale)
+    if q.is_cuda and torch.is_autocast_enabled('cuda'):           # as PyTorch does for its own attention
+        q, k, v = (t.to(torch.get_autocast_dtype('cuda')) for t in (q, k, v))
+    name, _ = choose(q, k, v, causal, dropout_p, impl)
+    if name in ('sdpa', 'plain'):
+        count(name)
+        return (attention_sdpa if name == 'sdpa' else attention_reference)(q, k, v, causal, dropout_p, scale)
+    # The seed stays on the device: no wait for it, a fresh mask at each replay of a CUDA graph, and the same mask when
+    # activation checkpointing restores the generator and computes again.
+    seed = torch.randint(2**62, (1,), device=q.device) if dropout_p else None
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    refuse(name, scale <= 0 and 'the kernels scale the maximum, so scale must be positive')
+    return attention_forward(q, k, v, seed, causal, dropout_p, scale, name)[0]
+
+
+# --- Decoding: one new token, a long cache
+
+# o = softmax(q K[:length]^T / sqrt(D)) V[:length] for q (B, H, 1, D), caches (B, H_kv, T_max, D), lengths (B,).
+# With one query per head there are only B * H_kv rows of work, too few to fill a GPU, so each cache is cut into SPLITS
+# slices. A program reads its slice once for all G = H / H_kv heads of the group and leaves m, l and acc; another kernel
+# combines slices as the online softmax combines tiles ("Flash-Decoding", pytorch.org/blog/flash-decoding). Replaces a
+# mask over the whole cache. The grid depends on shapes alone, and lengths stay on the device: CUDA graphs work.
+@jit
+def decode_kernel(Q, K, V, LENGTHS, ACC, ML, sqb, sqh, skb, skh, skt, svb, svh, svt, H_kv, SPLITS, scale_log2,
+                  D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr,
+                  PRECISION: tl.constexpr):
+    b, h_kv = (tl.program_id(0) // H_kv).to(tl.int64), (tl.program_id(0) % H_kv).to(tl.int64)
+    split = tl.program_id(1)
+    length = tl.load(LENGTHS + b)
+    slice_size = tl.cdiv(tl.cdiv(length, SPLITS), BN) * BN
+    start = split * slice_size
+    stop = tl.minimum(length, start + slice_size)                 # may lie before start: then this program has no work
+    g = tl.arange(0, GP)                                          # the group's heads, padded to the 16 rows of a tl.dot
+    q = load_rows(Q + b * sqb + h_kv * G * sqh, sqh, 0, G, GP, D, DP, True)
+    m = tl.full([GP], float('-inf'), tl.float32)
+    l = tl.zeros([GP], tl.float32)
+    acc = tl.zeros([GP, DP], tl.float32)
+    for n0 in range(start, stop, BN):
+        n = n0 + tl.arange(0, BN)
+        k = load_rows(K + b * skb + h_kv * skh, skt, n0, stop, BN, D, DP, True)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        s = tl.where(n[None, :] < stop, s, float('-inf'))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        p = tl.exp2(s - m_new[:, None])
+        alpha = tl.exp2(m - m_new)
+        v = load_rows(V + b * svb + h_kv * svh, svt, n0, stop, BN, D, DP, True)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        l = l * alpha + tl.sum(p, 1)
+        m = m_new
+    at = (tl.program_id(0).to(tl.int64) * SPLITS + split) * GP    # ACC (B * H_kv, SPLITS, GP, D), ML (..., GP, 2)
+    store_rows(ACC + at * D, D, 0, GP, acc, D, DP)
+    tl.store(ML + (at + g) * 2, m)
+    tl.store(ML + (at + g) * 2 + 1, l)
+
+@jit
+def decode_combine_kernel(ACC, ML, O, SPLITS, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
+                          SP: tl.constexpr):
+    split, d = tl.arange(0, SP), tl.arange(0, DP)
+    at = (tl.program_id(0).to(tl.int64) * SPLITS + split) * GP + tl.program_id(1)
+    m = tl.load(ML + at * 2, mask=split < SPLITS, other=float('-inf'))
+    l = tl.load(ML + at * 2 + 1, mask=split < SPLITS, other=0.0)
+    m_all = tl.max(m, 0)
+    weight = tl.where(m == float('-inf'), 0.0, tl.exp2(m - m_all))   # 0 for a slice without keys
+    total = tl.sum(weight * l, 0)
+    acc = tl.load(ACC + at[:, None] * D + d[None, :], mask=(split[:, None] < SPLITS) & (d[None, :] < D), other=0.0)
+    o = tl.sum(acc * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)    # a cache of length 0 gives 0
+    row = tl.program_id(0).to(tl.int64) * G + tl.program_id(1)    # b * H + h
+    tl.store(O + row * D + d, o.to(O.dtype.element_ty), mask=d < D)
+
+def decode_splits(rows, T_max, device):
+    """Enough slices for two programs per multiprocessor, but none under 128 keys."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 2
+    return max(1, min(-(-2 * processors // rows), -(-T_max // 128), 64))
+
+@op('(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths) -> Tensor', fake=lambda q, *rest: q.new_empty(q.shape))
+def decode_forward(q, k_cache, v_cache, lengths):
+    (B, H, _, D), (_, H_kv, T_max, _) = q.shape, k_cache.shape
+    q, k, v = (readable(x, 'triton') for x in (q, k_cache, v_cache))
+    splits, G, DP = decode_splits(B * H_kv, T_max, q.device), H // H_kv, max(16, triton.next_power_of_2(D))
+    GP = max(16, triton.next_power_of_2(G))
+    acc = q.new_empty((B * H_kv, splits, GP, D), dtype=torch.float32)
+    ml = q.new_empty((B * H_kv, splits, GP, 2), dtype=torch.float32)
+    o = q.new_empty(q.shape)
+    launch(decode_kernel, (B * H_kv, splits), q, k, v, lengths, acc, ml, *q.stride()[:2], *k.stride()[:3],
+           *v.stride()[:3], H_kv, splits, D ** -0.5 * LOG2E, D=D, DP=DP, G=G, GP=GP,
+           BN=64 if DP <= 64 else 32, PRECISION='ieee')
+    launch(decode_combine_kernel, (B * H_kv, G), acc, ml, o, splits, D=D, DP=DP, G=G, GP=GP,
+           SP=triton.next_power_of_2(splits))
+    return o
+
+def decode_attention(q, k_cache, v_cache, lengths, impl='auto'):
+    """Attention of one new token per sequence: q (B, H, 1, D), caches (B, H_kv, T_max, D). Sequence b has filled the
+    first lengths[b] places of its own (int32, on the device, at least 1). For sampling: no gradient."""
+    name, _ = describe(q.device, q.dtype, q.shape[-1], 'sdpa' if impl == 'plain' else impl)
+    if name == 'cuda':
+        refuse(impl, impl == 'cuda' and 'decode_attention has no CUDA C++ kernel')
+        name = 'sdpa'
+    if name == 'triton' and (impl == 'triton' or not self_check(name, q.device, q.dtype, q.shape[-1])):
+        return decode_forward(q, k_cache, v_cache, lengths)
+    count('sdpa')
+    mask = None
+    if q.device.type == 'cpu':                                    # lengths can be read for nothing: cut instead of mask
+        shortest, longest = lengths.aminmax()
+        k_cache, v_cache = k_cache[:, :, :int(longest)], v_cache[:, :, :int(longest)]
+    if q.device.type != 'cpu' or shortest != longest:
+        mask = torch.arange(k_cache.shape[2], device=q.device) < lengths[:, None, None, None]     # (B, 1, 1, T)
+    k_cache, v_cache = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k_cache, v_cache))
+    return F.scaled_dot_product_attention(q, k_cache, v_cache, mask)
+
+
+# --- Linear cross-entropy: the training loss
+
+# loss = mean over the valid rows of logsumexp(z) - z[target], z = x W^T, for x (N, C), W (V, C), targets (N,). At V =
+# 50,257 the logits z, their softmax and their gradient are each far larger than the activations of the model. Here they
+# exist for one slice of rows at a time: while it is at hand, its gradient p - onehot(target) is made in its place and
+# multiplied into dx and dW, so that the backward pass only scales those two. That scale holds 1 / valid rows too: p -
+# onehot is of order one, which fp16 can hold; divided by 16,384 it would vanish before a loss scale could save it.
+SLICE = 2**24                        # logits in a slice (64 MB in fp32). Fewer than this altogether: the plain formula
+
+# One program per row. First pass: online softmax over the row. Second: the logits become their gradient.
+@jit
+def cross_entropy_kernel(Z, TARGETS, LOSS, n, ignore_index, GRAD: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    Z += row * n
+    target = tl.load(TARGETS + row)
+    valid = target != ignore_index
+    i = tl.arange(0, BLOCK)
+    m = tl.full([BLOCK], float('-inf'), tl.float32)               # one maximum and sum per lane; one of all at the end
+    l = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n, BLOCK):
+        z = tl.load(Z + start + i, mask=start + i < n, other=float('-inf')).to(tl.float32)
+        m_new = tl.maximum(m, z)
+        m_safe = tl.where(m_new == float('-inf'), 0.0, m_new)
+        l = l * tl.exp(m - m_safe) + tl.exp(z - m_safe)
+        m = m_new
+    m_row = tl.max(m, 0)
+    logsumexp = m_row + tl.log(tl.sum(l * tl.exp(m - m_row), 0))
+    z_target = tl.load(Z + tl.where(valid, target, 0)).to(tl.float32)
+    tl.store(LOSS + row, tl.where(valid, logsumexp - z_target, 0.0))
+    if GRAD:
+        tl.debug_barrier()                                        # all have read z[target] before one overwrites it
+        for start in range(0, n, BLOCK):
+            z = tl.load(Z + start + i, mask=start + i < n, other=0.0).to(tl.float32)
+            dz = tl.exp(z - logsumexp) - tl.where(start + i == target, 1.0, 0.0)
+            tl.store(Z + start + i, tl.where(valid, dz, 0.0).to(Z.dtype.element_ty), mask=start + i < n)
+
+def cross_entropy_rows(z, targets, ignore_index, grad):
+    """(loss per row, gradient of its sum): logits z (n, V); z's memory is used up. Rows without a target give 0."""
+    if z.dtype != torch.float64 and not missing('triton', z.device):
+        loss = torch.empty(len(z), dtype=torch.float32, device=z.device)
+        launch(cross_entropy_kernel, (len(z),), z, targets, loss, z.shape[1], ignore_index, GRAD=grad,
+               BLOCK=min(4096, triton.next_power_of_2(z.shape[1])), num_warps=8)
+        return loss, z
+    valid = targets != ignore_index
+    at = targets.where(valid, 0)[:, None]
+    z, dtype = z.float() if z.dtype in HALF else z, z.dtype
+    logsumexp = z.logsumexp(1, keepdim=True)
+    loss = (logsumexp - z.gather(1, at))[:, 0].where(valid, 0.0)
+    if grad:
+        z.sub_(logsumexp).exp_().scatter_add_(1, at, torch.full_like(logsumexp, -1.0)).mul_(valid[:, None])
+    return loss, z.to(dtype)
+
+def fake_loss(x, weight, targets, ignore_index, grad):
+    wide = torch.promote_types(x.dtype, torch.float32)            # sums are made in fp32 (float64 in tests)
+    loss, valid = x.new_empty((), dtype=wide), x.new_empty((), dtype=wide)
+    return loss, valid, x.new_empty(x.shape if grad else 0), weight.new_empty(weight.shape if grad else 0, dtype=wide)
+
+def save_loss(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+    ctx.dtype = inputs[1].dtype
+
+def grad_loss(ctx, g, *rest):
+    valid, dx, dw = ctx.saved_tensors
+    return dx * (g / valid), (dw * (g / valid)).to(ctx.dtype), None, None, None
+
+@op('(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool grad) -> (Tensor, Tensor, Tensor, Tensor)',
+    fake_loss, grad_loss, save_loss)
+def linear_cross_entropy_forward(x, weight, targets, ignore_index, grad):
+    """(loss, number of valid targets, dx, dW); the gradients are those of the sum of losses, not yet of their mean."""
+    loss, valid, dx, dw = (t.zero_() for t in fake_loss(x, weight, targets, ignore_index, grad))
+    targets = targets.contiguous()
+    rows = max(1, SLICE * (4 if x.is_cuda else 1) // len(weight))     # a GPU needs taller matrices to be busy
+    for start in range(0, len(x), rows):
+        part = slice(start, start + rows)
+        losses, dz = cross_entropy_rows(x[part] @ weight.T, targets[part], ignore_index, grad)
+        loss += losses.sum()
+        if grad:
+            torch.mm(dz, weight, out=dx[part])
+            if dz.dtype == dw.dtype:
+                dw.addmm_(dz.T, x[part])
+            else:
+                dw += dz.T @ x[part]                              # a 16-bit product, summed over the slices in fp32
+        del dz                                                    # before the next slice, not after
+    valid += (targets != ignore_index).sum()
+    return loss / valid, valid, dx, dw                            # no valid target: 0 / 0, NaN like PyTorch's
+
+def linear_cross_entropy(x, weight, targets, ignore_index=-1):
+    """Mean cross-entropy of the logits x W^T, in fp32: x (N, C), weight (V, C), targets (N,) int64 -> scalar.
+    The logits exist one slice at a time. Without gradients (no_grad, evaluation) none are made."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
+    if len(x) * len(weight) <= SLICE:
+        logits = F.linear(x, weight)
+        return F.cross_entropy(logits.float() if logits.dtype in HALF else logits, targets, ignore_index=ignore_index)
+    grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return linear_cross_entropy_forward(x, weight, targets, ignore_index, grad)[0]
+
+
+# --- python kernels.py
+
+def cases(device, big):
+    """(name, impl, function, formula, inputs, work, unit): big inputs for times, small ragged ones for errors."""
+    gpu = device.type == 'cuda'
+    large, runs = gpu and big, lambda *a: [i for i in ('triton', 'cuda') if not missing(i, device, *a)] + ['sdpa']
+    make = lambda *shape: torch.randn(*shape, device=device).to(dtype)
+    for dtype in HALF if gpu else (torch.float32,):
+        for D, T in ((64, 1024), (64, 4096), (128, 4096)) if gpu else ((64, 512),):
+            B, H, T = (16384 // T, 2048 // D, T) if large else (1, 4, T) if big else (2, 4, 77)
+            for impl in [*runs(dtype, D), 'plain']:
+                qkv = [make(B, T, H, D).transpose(1, 2) for _ in 'qkv']
+                function = functools.partial(attention, impl=impl)
+                yield 'attention', impl, function, attention_reference, qkv, 2 * B * H * T * T * D, 'TFLOP/s'
+    for impl in runs():
+        x = make(*((16384, 4096) if large else (300, 1000))).to(torch.float16 if impl == 'cuda' else dtype)
+        function, formula = functools.partial(softmax, impl=impl), functools.partial(torch.softmax, dim=-1)
+        yield 'softmax', impl, function, formula, [x], 2 * x.numel() * x.element_size(), 'GB/s'
+    B, H, T = (32, 12, 1024) if large else (2, 2, 300)
+    lengths = torch.full((B,), T, dtype=torch.int32, device=device)
+    for impl in set(runs(dtype)) - {'cuda'}:
+        qkv = [make(B, H, t, 64) for t in (1, T, T)]
+        function = functools.partial(decode_attention, lengths=lengths, impl=impl)
+        work = 128 * B * H * T * qkv[0].element_size()            # reading keys and values once
+        yield 'decode_attention', impl, function, attention_reference, qkv, work, 'GB/s'
+    N, C, V = (16384, 768, 50257) if large else (400, 64, 50257)
+    targets = torch.randint(V, (N,), device=device)
+    formula = lambda x, w: F.cross_entropy(F.linear(x, w).to(torch.promote_types(x.dtype, torch.float32)), targets)
+    for impl, function in (('sliced', lambda x, w: linear_cross_entropy(x, w, targets)), ('plain', formula)):
+        yield 'linear_cross_entropy', impl, function, formula, [make(N, C), make(V, C) / 8], 2 * N * C * V, 'TFLOP/s'
+
+def with_gradients(function, inputs):
+    o = function(*inputs)
+    return o, *(torch.autograd.grad(o.float().square().sum(), inputs) if o.requires_grad else ())
+
+def milliseconds(run, device):
+    """Median of at least 3 runs, after one that compiles. On a GPU 256 MB of zeros push the inputs out of its cache."""
+    times, wait = [], torch.cuda.synchronize if device.type == 'cuda' else lambda: None
+    while len(times) < 4 or sum(times[1:]) < 200:
+        if device.type == 'cuda':
+            torch.empty(2**26, device=device).zero_()
+        wait()
+        start = time.perf_counter()
+        run()
+        wait()
+        times.append((time.perf_counter() - start) * 1e3)
+    return sorted(times[1:])[len(times) // 2 - 1]
+
+def measure(device, small, big, ceilings):
+    """A row of the table: the error on small inputs against float64, the times on big ones."""
+    (name, impl, function, formula, inputs, _, _), gpu = small, device.type == 'cuda'
+    inputs = [x.requires_grad_(name != 'decode_attention') for x in inputs]
+    truth = with_gradients(formula, [x.detach().double().requires_grad_(x.requires_grad) for x in inputs])
+    error = max(relative_error(a, b) for a, b in zip(with_gradients(function, inputs), truth))
+    ok = error < (1e-5 if inputs[0].dtype == torch.float32 else 3e-2)
+    row = dict(name=name, impl=impl, dtype=str(inputs[0].dtype)[6:], error=error, ok=ok)
+    if INTERPRET and impl in ('triton', 'sliced'):
+        return row                                                # the interpreter's time would mean nothing
+    _, _, function, _, inputs, work, unit = big
+    inputs = [x.requires_grad_(name != 'decode_attention') for x in inputs]
+    run = torch.no_grad()(lambda: function(*inputs))
+    forward = milliseconds(run, device)
+    kind = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind]) as profile:    # asked which kernel ran, not assumed
+        run()
+    cost = lambda event: event.self_device_time_total if gpu else event.self_cpu_time_total
+    torch.cuda.reset_peak_memory_stats() if gpu else None
+    backward = milliseconds(lambda: with_gradients(function, inputs), device) - forward
+    rate = work / forward / (1e9 if unit == 'TFLOP/s' else 1e6)
+    return dict(row, shape=' '.join(map(str, inputs[name == 'decode_attention'].shape)), forward_ms=forward,
+                backward_ms=backward if inputs[0].requires_grad else None, rate=rate, unit=unit,
+                share=rate / ceilings[unit], memory_mb=torch.cuda.max_memory_allocated() / 2**20 if gpu else None,
+                ran=max(profile.key_averages(), key=cost).key.removeprefix('aten::'))
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description='Checks kernels.py on this machine and times it.')
+    parser.add_argument('--json', metavar='FILE', help='write the table there too')
+    args = parser.parse_args(argv)
+    gpu = torch.cuda.is_available() and not INTERPRET
+    device = torch.device('cuda' if gpu else 'cpu')
+    n, dtype = (8192, torch.bfloat16) if gpu else (512, torch.float32)
+    a, (c, d) = torch.randn(n, n, device=device).to(dtype), torch.zeros(2, 2**28 if gpu else 2**23, device=device)
+    ceilings = {'TFLOP/s': 2 * n**3 / milliseconds(lambda: a @ a, device) / 1e9,
+                'GB/s': 8 * len(c) / milliseconds(lambda: c.copy_(d), device) / 1e6}
+    where = torch.cuda.get_device_name() if gpu else 'CPU'
+    print(f'{where}, torch {torch.__version__}, triton {triton and triton.__version__}')
+    print('share of matmul {TFLOP/s:.3g} TFLOP/s or copy {GB/s:.3g} GB/s; error against float64'.format(**ceilings))
+    columns = ('{name:21}{impl:7}{dtype:9}{error:>8}{shape:>17}{forward_ms:>8}{backward_ms:>8}{rate:>8} {unit:8}'
+               '{share:>6}{memory_mb:>8} {ran:.40}')
+    names = dict(forward_ms='fwd ms', backward_ms='bwd ms', memory_mb='MB', unit='', ran='longest kernel')
+    keys = 'name impl dtype error shape forward_ms backward_ms rate unit share memory_mb ran'.split()
+    print(columns.format(**{key: names.get(key, key) for key in keys}))
+    rows = []
+    for small, big in zip(cases(device, False), cases(device, True)):
+        rows.append(row := measure(device, small, big, ceilings))
+        text = {key: f'{row[key]:.3g}' if isinstance(row.get(key), float) else row.get(key) or '-' for key in keys}
+        print(columns.format(**text) + ('' if row['ok'] else '  WRONG'), flush=True)
+    if args.json:
+        pathlib.Path(args.json).write_text(json.dumps(dict(device=str(device), ceilings=ceilings, rows=rows), indent=1), 'utf-8')
+    return 0 if all(row['ok'] for row in rows) else 1
+
+if __name__ == '__main__':
+    raise SystemExit(main())
