@@ -25,7 +25,7 @@ import shutil, signal, sys, tempfile, threading, unicodedata, warnings, zipfile,
 from array import array
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, fields
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch would like it; nothing here needs it
@@ -671,23 +671,26 @@ def load_tokens(data, tokenizer="char", vocab_size=0):
         with reading(path), open(path, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-    def remembered(key, make):  # the object that is kept as JSON under a key, or else is made, and then kept
+    def remembered(key, make):  # -> (a dict, a file for its tokens): kept on disk under a key, or else made, and then kept
         path = cache_folder() / (hashlib.sha256(digest.digest() + key.encode()).hexdigest()[:32] + ".json")
+        binary = path.with_suffix(".bin")
         try:
-            return json.loads(path.read_text("utf-8"))
+            value = json.loads(path.read_text("utf-8"))
+            if value.get("bytes", 0) == (binary.stat().st_size if "bytes" in value else 0):
+                return value, binary
         except (OSError, ValueError):
-            value = make(path.with_suffix(".bin"))
-            write_whole(path, [json.dumps(value).encode()])
-            return value
+            pass
+        value = make(binary)
+        write_whole(path, [json.dumps(value).encode()])
+        return value, binary
     if isinstance(tokenizer, str):
-        texts = (text for text in pieces(paths) if text is not None)
-        tokenizer = tokenizer_from(remembered(f"{tokenizer} {vocab_size}",
-                                              lambda _: make_tokenizer(tokenizer, texts, vocab_size).state()))
+        kind, texts = tokenizer, (text for text in pieces(paths) if text is not None)
+        tokenizer = tokenizer_from(remembered(f"{kind} {vocab_size}", lambda _: make_tokenizer(kind, texts, vocab_size).state())[0])
     dtype = torch.uint16 if len(tokenizer.tokens) <= 1 << 16 else torch.uint32
-    about = remembered(json.dumps(tokenizer.state()), lambda path: tokenise(paths, tokenizer, path, dtype))
+    about, binary = remembered(json.dumps(tokenizer.state()), lambda binary: tokenise(paths, tokenizer, binary, dtype))
     if about["count"] < 2:
         raise Error(f"{', '.join(map(str, paths))}: too little text ({about['count']} tokens; two at least)")
-    return torch.from_file(about["path"], shared=False, size=about["count"], dtype=dtype), tokenizer, about["sha256"]
+    return torch.from_file(str(binary), shared=False, size=about["count"], dtype=dtype), tokenizer, about["sha256"]
 
 def make_tokenizer(kind, texts, vocab_size):
     if kind == "char":
@@ -696,7 +699,7 @@ def make_tokenizer(kind, texts, vocab_size):
 
 def tokenise(paths, tokenizer, path, dtype):
     """Write the tokens of `paths` into the file `path`; returns what to remember of them."""
-    about, shown = {"count": 0, "path": str(path)}, time.monotonic()
+    about, shown = {"count": 0}, time.monotonic()
     digest = hashlib.sha256()
     def raw_ids():
         nonlocal shown
@@ -714,7 +717,7 @@ def tokenise(paths, tokenizer, path, dtype):
                 shown = time.monotonic()
                 notice(f"tokenising: {about['count'] / 1e6:.0f} million tokens so far")
     write_whole(path, raw_ids())
-    return about | {"sha256": digest.hexdigest()}
+    return about | {"bytes": about["count"] * dtype.itemsize, "sha256": digest.hexdigest()}
 
 def write_whole(path, blocks):
     """A file that is there whole or not at all: written under another name, put on the disk, and renamed."""
@@ -852,16 +855,14 @@ def listening(run):
     """Ctrl-C or SIGTERM: finish the step and save. A second one leaves at once."""
     def stop(number, frame):
         run.signal = number
-        put_back()
-    def put_back():
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        signal.signal(number, handlers[number])
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     handlers = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
-        put_back()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 def train(on_eval=None, started=None, **given):
     """Train a model. Keyword arguments are the flags of `python gpt.py train`; returns the last metrics as a dict.
