@@ -20,8 +20,8 @@ The default model differs from GPT-2 in what has proved itself since, and `--arc
 """
 import time
 LOADED = time.monotonic()  # `--minutes` counts from here, so that the seconds it takes to load torch are included
-import argparse, atexit, codecs, contextlib, difflib, functools, glob, gzip, hashlib, itertools, json, math, os, re, shlex
-import shutil, signal, sys, tempfile, threading, unicodedata, warnings, zipfile, zlib
+import argparse, atexit, codecs, contextlib, difflib, functools, glob, gzip, hashlib, itertools, json, math, os, re
+import shlex, shutil, signal, sys, tempfile, threading, unicodedata, warnings, zipfile, zlib
 from array import array
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, fields
@@ -68,7 +68,7 @@ class Config:
     mlp_hidden: int = setting(0, "hidden channels of the MLP (0: 4 n_embd; swiglu 8/3 n_embd, a multiple of 32)")
     pos: str = setting("rope", "how positions enter: learned, rope, none", choices="learned rope none")
     norm: str = setting("rms", "LayerNorm or RMSNorm: layer, rms", choices="layer rms")
-    mlp: str = setting("swiglu", "the MLP: gelu, relu, relu2 (squared), swiglu (gated)", choices="gelu relu relu2 swiglu")
+    mlp: str = setting("swiglu", "the MLP: relu2 is squared, swiglu gated", choices="gelu relu relu2 swiglu")
     qk_norm: bool = setting(True, "RMSNorm on queries and keys, before they are rotated")
     bias: bool = setting(False, "biases in linear layers and LayerNorm")
     tie: bool = setting(False, "the head shares the embedding's weights")
@@ -86,7 +86,7 @@ class Config:
         if self.n_head % self.n_kv_head:
             raise Error(f"--n-head {self.n_head} is not a multiple of --n-kv-head {self.n_kv_head}")
         if self.pos == "rope" and self.head_dim % 2:
-            raise Error(f"RoPE rotates pairs, so the head size {self.head_dim} must be even: change --n-embd or --n-head")
+            raise Error(f"RoPE rotates pairs, so the head size {self.head_dim} must be even (--n-embd / --n-head)")
         if not self.dropout < 1:
             raise Error(f"--dropout {self.dropout} must be below 1")
 
@@ -94,7 +94,7 @@ class Config:
 class Source:
     """Where a model comes from."""
     out: str = setting("out", "folder of the run")
-    init: str = setting("", "start from: a checkpoint, a run's folder, a Hugging Face folder, gpt2, gpt2-medium, -large, -xl")
+    init: str = setting("", "start from a checkpoint, a run's folder, a Hugging Face folder, gpt2, gpt2-medium, ...")
 
 @dataclass
 class Machine(Source):
@@ -154,7 +154,8 @@ ARCHS = {
     "llama": dict(qk_norm=False),  # these two have half as many key and value heads as query heads, where that is even
     "qwen3": dict(),
 }
-GPT2_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
+GPT2_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
+              "gpt2-xl": (48, 25, 1600)}  # layers, heads, channels
 SIZES = {
     "tiny": dict(steps=2200),
     "baby": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64, steps=2500, warmup=50),
@@ -179,8 +180,8 @@ def check(given, *classes):
             value = [str(v) for v in ([value] if isinstance(value, (str, os.PathLike)) else value)]
         elif kind is not bool:
             try:
-                value, given_value = kind(value), value
-                if kind is not str and not (math.isfinite(value) and value == float(given_value) and value >= rule["low"]):
+                value, before = kind(value), value
+                if kind is not str and not (math.isfinite(value) and value == float(before) and value >= rule["low"]):
                     raise ValueError
             except (ValueError, TypeError, OverflowError):
                 noun = "a whole number" if kind is int else "a number"
@@ -197,7 +198,7 @@ def parts(given, *classes):
 # --- Tokenizers ------------------------------------------------------------------------------------------------------
 # A model reads whole numbers. A tokenizer is a list of byte strings, one per number, and a way to cut text into them.
 
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # words that merges stay within
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # merges stay within words
 
 class CharTokenizer:
     """One token per character. `CharTokenizer("abc").encode("cab").tolist() == [2, 0, 1]`"""
@@ -212,7 +213,8 @@ class CharTokenizer:
 
     @staticmethod
     def code_points(text):
-        return torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32) if text else torch.zeros(0).int()
+        raw = bytearray(text.encode("utf-32-le"))
+        return torch.frombuffer(raw, dtype=torch.int32) if raw else torch.zeros(0, dtype=torch.int32)
 
     @classmethod
     def train(cls, texts):
@@ -255,9 +257,10 @@ class BPETokenizer:
         try:
             ranks = tiktoken().get_encoding("gpt2")._mergeable_ranks
         except (OSError, ValueError) as e:
-            raise Error("the gpt2 tokenizer could not be downloaded (" + type(e).__name__ + "); once it is in a folder as "
-                        "6d1cbeee0f20b3d9449abfede4726ed8212e3aee (vocab.bpe) and 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6 "
-                        "(encoder.json), set TIKTOKEN_CACHE_DIR to that folder") from None
+            raise Error(f"the gpt2 tokenizer could not be downloaded ({type(e).__name__}); once a folder has it, as "
+                        "6d1cbeee0f20b3d9449abfede4726ed8212e3aee (vocab.bpe) and "
+                        "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6 (encoder.json), "
+                        "set TIKTOKEN_CACHE_DIR to that folder") from None
         return cls(sorted(ranks, key=ranks.get) + [b"<|endoftext|>"])
 
     @classmethod
@@ -287,7 +290,7 @@ class BPETokenizer:
             for pair in changed:
                 heappush(heap, (-pairs[pair], pair))
             changed.clear()
-            while heap and -heap[0][0] != pairs[heap[0][1]]:  # that count is out of date; the newer is in the heap as well
+            while heap and -heap[0][0] != pairs[heap[0][1]]:  # out of date; the newer count is there too
                 heappop(heap)
             if not heap or not heap[0][0]:
                 break
@@ -307,7 +310,8 @@ class BPETokenizer:
     def encode(self, text, special=False):
         """Ids of a text as an int32 tensor (T,). `<|endoftext|>` is ordinary text, or one token if `special`."""
         allowed, text = set(self.special) if special else set(), self.clean(text)
-        return torch.tensor(self.encoding.encode(text, allowed_special=allowed, disallowed_special=()), dtype=torch.int32)
+        ids = self.encoding.encode(text, allowed_special=allowed, disallowed_special=())
+        return torch.tensor(ids, dtype=torch.int32)
 
     def encode_batch(self, texts):
         batch = self.encoding.encode_ordinary_batch([self.clean(text) for text in texts], num_threads=os.cpu_count())
@@ -334,15 +338,15 @@ def tokenizer_from(state):
                         state.get("special"), state.get("nfc", False))
 
 # --- Model -----------------------------------------------------------------------------------------------------------
-# Each token becomes a vector, the residual stream. Every block reads it and adds to it: attention brings in what earlier
-# tokens know, the MLP works on each token by itself. What the last block leaves is compared with every token's vector.
+# Each token becomes a vector, the residual stream. Every block reads it and adds to it: attention brings what earlier
+# tokens know, the MLP works on each token alone. What the last block leaves is compared with every token's vector.
 
 def plain_attention(q, k, v, dropout_p=0.0, maps=False):
     """softmax(Q K^T / sqrt(D) + mask) V, written out. q (B, H, TQ, D); k, v (B, H_kv, TK, D), H a multiple of H_kv.
     The queries are the last TQ of TK positions. Gives (B, H, TQ, D), and the maps (B, H, TQ, TK) if `maps`."""
     B, H, TQ, D = q.shape
     H_kv, TK = k.shape[1:3]
-    mask = torch.full((TQ, TK), -math.inf, dtype=q.dtype, device=q.device).triu(TK - TQ + 1)  # the causal mask: no later key
+    mask = torch.full((TQ, TK), -math.inf, dtype=q.dtype, device=q.device).triu(TK - TQ + 1)  # causal: no later key
     q = q.reshape(B * H_kv, -1, D)  # the heads that share a key stand below each other: (B H_kv, H/H_kv TQ, D)
     k, v = k.reshape(B * H_kv, TK, D), v.reshape(B * H_kv, TK, D)
     scores = torch.baddbmm(mask.repeat(H // H_kv, 1), q, k.mT, alpha=D ** -0.5)  # (B H_kv, H/H_kv TQ, TK)
@@ -355,7 +359,8 @@ def fused_attention(q, k, v, dropout_p=0.0):
     TQ, TK, mask = q.size(2), k.size(2), None
     if 1 < TQ < TK:  # is_causal would align the first query with the first key
         mask = torch.ones(TQ, TK, dtype=torch.bool, device=q.device).tril(TK - TQ)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=TQ == TK, enable_gqa=q.size(1) != k.size(1))
+    grouped = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=TQ == TK, enable_gqa=grouped)
 
 def use_attention(model, impl, dtype):
     """Let the model's blocks call the attention that suits it best, or `impl`; returns what that is, and why."""
@@ -363,7 +368,7 @@ def use_attention(model, impl, dtype):
         return "no attention"
     device = next(model.parameters()).device
     if impl == "plain" or (impl == "auto" and device.type == "cpu" and model.config.block_size <= 256):
-        attend, reason = plain_attention, "plain attention" + " (the fastest on a CPU up to a context of 256)" * (impl == "auto")
+        attend, reason = plain_attention, "plain attention" + " (fastest on a CPU up to context 256)" * (impl == "auto")
     elif not NO_KERNELS:
         attend, reason = functools.partial(kernels.attention, impl=impl), "{} attention ({})".format(
             *kernels.describe(device, dtype, model.config.head_dim, impl))
@@ -467,8 +472,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Start where the first loss is ln(V): an untied head, and each block's two outputs, at zero; a tied head small,
-        with the 2 n_layer outputs that add up in the stream scaled down by sqrt(2 n_layer), as in GPT-2."""
+        """Start where the first loss is ln(V): an untied head, and each block's two outputs, at zero; a tied head
+        small, with the 2 n_layer outputs that add up in the stream scaled down by sqrt(2 n_layer), as in GPT-2."""
         c = self.config
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -489,9 +494,9 @@ class GPT(nn.Module):
         return Cache(self.embed.weight.new_empty(c.n_layer, 2, B, c.n_kv_head, c.block_size, c.head_dim))
 
     def forward(self, idx, targets=None, cache=None, last=False):
-        """idx (B, T) int64 -> (logits, loss). With targets (B, T), logits is None and loss the mean in nats, over targets
-        that are not -1. Without, loss is None and logits (B, T, V), or (B, 1, V) if `last`. With a cache, idx are the
-        tokens after those that it holds."""
+        """idx (B, T) int64 -> (logits, loss). With targets (B, T), logits is None and loss the mean in nats, over
+        targets that are not -1. Without, loss is None and logits (B, T, V), or (B, 1, V) if `last`. With a cache, idx
+        are the tokens after those that it holds."""
         start = cache.length if cache else 0
         T = idx.size(1)
         x = self.embed(idx)  # (B, T, C)
@@ -589,7 +594,7 @@ def find_files(data):
         if re.match(r"https?://", name):
             found.append(download(name))
         elif os.path.isdir(name):
-            inside = sorted(p for p in Path(name).rglob("*") if re.search(r"\.(txt|jsonl)(\.gz)?$", p.name) and p.is_file())
+            inside = sorted(p for p in Path(name).rglob("*") if re.search(r"\.(txt|jsonl)(\.gz)?$", p.name))
             if not inside:
                 raise Error(f"{name}: no .txt or .jsonl file (or .gz of one) in this folder")
             found += inside
@@ -617,7 +622,7 @@ def reading(path):
         raise Error(f"{path}: not UTF-8 text (byte {e.start})") from None
 
 def documents(path, size):
-    """Each document of a file as an iterator over blocks of text: a .txt is one, each line of a .jsonl has one as `text`."""
+    """Each document of a file as an iterator over blocks of text: a .txt is one, a .jsonl line has one as `text`."""
     with reading(path), gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
         if ".jsonl" not in path.suffixes:
             yield blocks(file, path, size)
@@ -630,7 +635,7 @@ def documents(path, size):
                     raise Error(f"{path}: line {number} is not a JSON object with a `text`") from None
 
 def blocks(file, path, size):
-    """The text of a UTF-8 file, `size` bytes at a time; part of a character at a block's end waits for the next block."""
+    """The text of a UTF-8 file, `size` bytes at a time; part of a character at a block's end waits for the next."""
     decoder, offset, block = codecs.getincrementaldecoder("utf-8")(), 0, None
     while block != b"":
         with reading(path):
@@ -671,7 +676,7 @@ def load_tokens(data, tokenizer="char", vocab_size=0):
         with reading(path), open(path, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-    def remembered(key, make):  # -> (a dict, a file for its tokens): kept on disk under a key, or else made, and then kept
+    def remembered(key, make):  # -> (a dict, a file for its tokens): as kept under a key, or else made, and kept
         path = cache_folder() / (hashlib.sha256(digest.digest() + key.encode()).hexdigest()[:32] + ".json")
         binary = path.with_suffix(".bin")
         try:
@@ -685,7 +690,8 @@ def load_tokens(data, tokenizer="char", vocab_size=0):
         return value, binary
     if isinstance(tokenizer, str):
         kind, texts = tokenizer, (text for text in pieces(paths) if text is not None)
-        tokenizer = tokenizer_from(remembered(f"{kind} {vocab_size}", lambda _: make_tokenizer(kind, texts, vocab_size).state())[0])
+        state, _ = remembered(f"{kind} {vocab_size}", lambda _: make_tokenizer(kind, texts, vocab_size).state())
+        tokenizer = tokenizer_from(state)
     dtype = torch.uint16 if len(tokenizer.tokens) <= 1 << 16 else torch.uint32
     about, binary = remembered(json.dumps(tokenizer.state()), lambda binary: tokenise(paths, tokenizer, binary, dtype))
     if about["count"] < 2:
@@ -703,7 +709,8 @@ def tokenise(paths, tokenizer, path, dtype):
     digest = hashlib.sha256()
     def raw_ids():
         nonlocal shown
-        stream, between = pieces(paths), torch.tensor([] if tokenizer.eot is None else [tokenizer.eot], dtype=torch.int32)
+        stream = pieces(paths)
+        between = torch.tensor([] if tokenizer.eot is None else [tokenizer.eot], dtype=torch.int32)
         while batch := list(itertools.islice(stream, 2 * os.cpu_count())):
             encoded = iter(tokenizer.encode_batch([text for text in batch if text is not None]))
             ids = torch.cat([between if text is None else next(encoded) for text in batch])
@@ -740,7 +747,7 @@ def split(tokens):
 
 def random_windows(tokens, T, shape, rank, seed, step):
     """This process's windows (accum x batch, T + 1) of one step: T inputs each, which shifted by one are the targets.
-    `shape` is (accum, processes, batch). They are drawn by (seed, step) alone, so no run has to remember where it was."""
+    `shape` is (accum, processes, batch). They depend on (seed, step) alone, so no run has to remember where it was."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     starts = torch.randint(len(tokens) - T, shape, generator=generator)[:, rank].flatten()  # its upper end is excluded
     return torch.stack([tokens[i:i + T + 1] for i in starts.tolist()]).long()
@@ -748,7 +755,7 @@ def random_windows(tokens, T, shape, rank, seed, step):
 @torch.no_grad()
 def mean_loss(model, tokens, stride=None, batch_size=32, limit=None):
     """Mean loss in nats over a text (N,), each of its N - 1 predictions once: windows of block_size, every `stride`
-    tokens; after the first, a window counts only what the one before it has not. At most `limit` windows, evenly spread."""
+    tokens; after the first, a window counts only what the one before it has not. At most `limit`, evenly spread."""
     T, N = model.config.block_size, len(tokens)
     T = min(T, N - 1)
     stride = min(stride or T, T)
@@ -808,12 +815,14 @@ def orthogonalise(x, steps=5):
 
 def make_optimizers(model, s):
     """Muon for the blocks' matrices, AdamW for embeddings, head and vectors; or AdamW for all."""
-    hidden = [p for p in model.blocks.parameters() if p.dim() == 2] if s.optimizer == "muon" and model.config.n_layer else []
+    blocks = model.blocks.parameters() if s.optimizer == "muon" and model.config.n_layer else []
+    hidden = [p for p in blocks if p.dim() == 2]
     rest = [p for p in model.parameters() if all(p is not h for h in hidden)]
     groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": s.weight_decay},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
     betas = (0.8, 0.95) if hidden else (0.9, 0.95)
-    adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=s.lr, betas=betas, fused=rest[0].device.type != "mps")
+    fused = rest[0].device.type != "mps"
+    adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=s.lr, betas=betas, fused=fused)
     optimizers = [adamw] + ([Muon(hidden, lr=10 * s.lr, weight_decay=s.weight_decay)] if hidden else [])
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -871,8 +880,8 @@ def train(on_eval=None, started=None, **given):
     if {"steps", "minutes"} <= given.keys():
         raise Error("--steps and --minutes: give one of them")
     with contextlib.ExitStack() as stack:
-        # On a CPU "medium" lets oneDNN multiply matrices instead of MKL: twice as fast on AMD, and float32 all the same,
-        # except with AMX units, which take bfloat16.
+        # On a CPU "medium" lets oneDNN multiply matrices instead of MKL: twice as fast on AMD, and float32 all the
+        # same, except with AMX units, which take bfloat16.
         stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         torch.set_float32_matmul_precision("medium" if not torch.cuda.is_available() else "high")
         run = Run(given, started or time.monotonic(), stack)
@@ -882,7 +891,7 @@ def train(on_eval=None, started=None, **given):
         except RuntimeError as e:
             if run.world == 1:
                 raise
-            raise Error(f"process {run.rank} lost another process of this run ({str(e).splitlines()[0][:100]})", 1) from None
+            raise Error(f"process {run.rank} lost another one of this run ({str(e).splitlines()[0][:99]})", 1) from None
 
 class Run:
     """A training run. `loop` says what it does; the methods after it say how; those before it make it ready."""
@@ -919,11 +928,12 @@ class Run:
         s = self.s
         if self.rank:  # the first process tokenises; the others wait, and find it done
             dist.barrier()
-        tokens, self.tokenizer, self.fingerprint = load_tokens(s.data, tokenizer or s.tokenizer, config.get("vocab_size", 0))
+        asked = config.get("vocab_size", 0)
+        tokens, self.tokenizer, self.fingerprint = load_tokens(s.data, tokenizer or s.tokenizer, asked)
         if self.world > 1 and self.rank == 0:
             dist.barrier()
         self.train_tokens, self.val_tokens = split(tokens)
-        V, asked, block_size = len(self.tokenizer.tokens), config.get("vocab_size"), config.get("block_size", Config.block_size)
+        V, block_size = len(self.tokenizer.tokens), config.get("block_size", Config.block_size)
         self.T = min(block_size, len(self.train_tokens) - 1)
         if self.T < block_size:
             notice(f"the text has {len(self.train_tokens)} tokens to train on, so the context shrinks to {self.T}")
@@ -949,12 +959,14 @@ class Run:
         self.micro = s.batch_size  # sequences in one forward pass
         self.model = self.raw
         if s.compile == "on" or (s.compile == "auto" and self.device.type == "cuda"):
-            self.model = compiled(self.raw, self.windows(0)[:s.batch_size, 1:].to(self.device), precision(self.device, self.dtype))
+            x = self.windows(0)[:s.batch_size, 1:].to(self.device)
+            self.model = compiled(self.raw, x, precision(self.device, self.dtype))
         if self.world > 1:
             self.model = nn.parallel.DistributedDataParallel(self.model)
         if self.rank == 0:
-            say(f"{self.device}, {str(self.dtype)[6:]} ({why}), {attention}\n{count(self.raw):,} parameters, {config.vocab_size:,} "
-                f"tokens in the vocabulary: a model that knows nothing has a loss of {math.log(config.vocab_size):.2f}")
+            V = config.vocab_size
+            say(f"{self.device}, {str(self.dtype)[6:]} ({why}), {attention}\n{count(self.raw):,} parameters, {V:,} "
+                f"tokens in the vocabulary: a model that knows nothing has a loss of {math.log(V):.2f}")
 
     def restore(self, checkpoint):
         self.raw.load_state_dict(checkpoint["model"])
@@ -987,11 +999,11 @@ class Run:
             self.busy += time.monotonic() - begun
 
     def agree(self):
-        """The share of the run that is behind us. All processes take the first one's clock, and stop at the same step."""
+        """The share of the run that is behind us. All processes take the first one's clock, and stop together."""
         s, left = self.s, 60 * (self.s.minutes or 0) - self.reserve
         progress = self.step / s.steps if s.steps else self.seconds() / left if left > 0 else 1.0
         if self.world > 1:
-            both = torch.tensor([progress if self.rank == 0 else 0.0, self.signal], dtype=torch.float64, device=self.device)
+            both = torch.tensor([progress * (self.rank == 0), self.signal], dtype=torch.float64, device=self.device)
             dist.all_reduce(both, dist.ReduceOp.MAX)
             progress, self.signal = both[0].item(), int(both[1].item())
         return progress
@@ -1031,8 +1043,8 @@ class Run:
             for optimizer in self.optimizers:
                 optimizer.step()
         elif self.skipped == 20:
-            raise Error("20 steps in a row had no finite loss and gradient: try a lower --lr, a longer --warmup or --dtype float32; "
-                        f"the last checkpoint in {self.out} is from before", 1)
+            raise Error("20 steps in a row had no finite loss and gradient: try a lower --lr, a longer --warmup or "
+                        f"--dtype float32; the last checkpoint in {self.out} is from before", 1)
         elif not self.scaler.is_enabled():  # in float16 it is how the scaler finds the largest scale that works
             notice(f"step {self.step}: the loss or its gradient is not finite; the step is skipped")
         if self.scaler.is_enabled():
@@ -1067,10 +1079,12 @@ class Run:
         if len(self.val_tokens) > 1:
             with precision(self.device, self.dtype):
                 tokens = 1 << (15 if self.device.type == "cpu" else 18)
-                val, _ = mean_loss(self.raw, self.val_tokens, batch_size=self.s.batch_size, limit=max(1, tokens // self.T))
+                limit = max(1, tokens // self.T)
+                val, _ = mean_loss(self.raw, self.val_tokens, batch_size=self.s.batch_size, limit=limit)
             recent = [loss for _, loss in self.history[-3:]] + [val]
             if len(recent) == 4 and all(a < b for a, b in zip(recent, recent[1:])):
-                notice(f"the validation loss rose three times in a row: the model begins to memorise; best.pt has {best:.4f}")
+                notice("the validation loss rose three times in a row: the model begins to memorise; "
+                       f"best.pt has {best:.4f}")
         self.history = [h for h in self.history if h[0] < self.step] + [(self.step, val)]
         if val is not None and val < best and self.step:
             self.save_as("best.pt", self.state())
@@ -1089,14 +1103,15 @@ class Run:
         if evaluated or sys.stdout.isatty():
             share = min(1.0, self.progress)
             left = (time.monotonic() - self.begun[1]) / max(1e-9, share - self.begun[0]) * (1 - share)
-            text = (f"[{'#' * int(20 * share):.<20}] step {self.step}  train {show(self.last['train_loss'])}  val {show(val)}" +
-                    (f"  {speed:,} tokens/s  {int(left) // 60}:{int(left) % 60:02d} left" if speed else ""))
+            clock = f"  {speed:,} tokens/s  {int(left) // 60}:{int(left) % 60:02d} left" if speed else ""
+            text = (f"[{'#' * int(20 * share):.<20}] step {self.step}  train {show(self.last['train_loss'])}  "
+                    f"val {show(val)}{clock}")
             say("\r\x1b[K" + text if sys.stdout.isatty() else text, end="\n" if evaluated else "")
 
     def state(self):
         """What a checkpoint holds for sampling; `save` adds what only training needs."""
-        return {"format": FORMAT, "model": self.raw.state_dict(), "tokenizer": self.tokenizer.state(), "step": self.step,
-                "settings": {"config": asdict(self.raw.config), "training": asdict(self.s)},
+        return {"format": FORMAT, "model": self.raw.state_dict(), "tokenizer": self.tokenizer.state(),
+                "step": self.step, "settings": {"config": asdict(self.raw.config), "training": asdict(self.s)},
                 "val_loss": self.history[-1][1] if self.history else None}
 
     def save(self, final):
@@ -1115,6 +1130,9 @@ class Run:
             notice(f"{e}; training goes on")
 
     def finish(self):
+        if self.world > 1:  # nobody leaves before the first process has saved
+            self.model = self.raw
+            dist.barrier()
         where = "" if str(self.out) == "out" else f" --out {shlex.quote(str(self.out))}"
         if self.rank == 0 and self.signal:
             notice(f"stopped at step {self.step} and saved; to go on: python gpt.py train --resume{where}")
@@ -1146,8 +1164,8 @@ def settle(given, device):
         return settings | given, checkpoint, checkpoint["model"], tokenizer_from(checkpoint["tokenizer"])
     if held and not given.get("overwrite"):
         run = load_run(out, "ckpt.pt", "ckpt.prev.pt", "best.pt")
-        raise Error(f"{out} holds a run (step {run['step']}, validation loss {show(run['val_loss'])}): --resume goes on with it, "
-                    "--out OTHER starts another beside it, --overwrite replaces it")
+        raise Error(f"{out} holds a run (step {run['step']}, validation loss {show(run['val_loss'])}): --resume goes "
+                    "on with it, --out OTHER starts another beside it, --overwrite replaces it")
     arch, size = given.get("arch", Training.arch), given.get("size", "auto")
     size = ("tiny" if device.type == "cpu" else "baby") if size == "auto" else size
     settings = ARCHS[arch] | SIZES[size] | (ARCHS["bigram"] if arch == "bigram" else {})  # it has no layers at any size
@@ -1170,8 +1188,8 @@ def settle(given, device):
     return settings | inherited | {"lr": lr}, None, model.state_dict(), tokenizer
 
 def save_checkpoint(state, path):
-    """Write to a temporary file, see it on the disk, rename: whatever happens, a whole file is there. The ckpt.pt before
-    becomes ckpt.prev.pt."""
+    """Write to a temporary file, see it on the disk, rename: whatever happens, a whole file is there. The ckpt.pt
+    before becomes ckpt.prev.pt."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1184,8 +1202,9 @@ def save_checkpoint(state, path):
     except (OSError, RuntimeError) as e:  # RuntimeError is torch's for a full disk
         temporary.unlink(missing_ok=True)
         need = sum(t.nbytes for t in state["model"].values()) * (3 if "optimizer" in state else 1)
-        raise OSError(f"{path} could not be written ({getattr(e, 'strerror', None) or 'writing failed'}): it needs about "
-                      f"{need / 1e6:.0f} MB, and {shutil.disk_usage(path.parent).free / 1e6:.0f} MB are free") from None
+        why, free = getattr(e, "strerror", None) or "writing failed", shutil.disk_usage(path.parent).free
+        raise OSError(f"{path} could not be written ({why}): it needs about {need / 1e6:.0f} MB, and "
+                      f"{free / 1e6:.0f} MB are free") from None
 
 def read_checkpoint(path):
     """A checkpoint as a dict, on the CPU. Its checksums are verified first, which torch.load does not do."""
@@ -1195,7 +1214,7 @@ def read_checkpoint(path):
                 raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["format"] > FORMAT:
-            raise Error(f"{path}: written by a newer gpt.py (format {checkpoint['format']}; this one reads up to {FORMAT})")
+            raise Error(f"{path}: written by a newer gpt.py (format {checkpoint['format']}, this one reads {FORMAT})")
         return checkpoint
     except (FileNotFoundError, PermissionError, Error) as e:
         raise e if isinstance(e, Error) else Error(f"{path}: {e.strerror}") from None
@@ -1264,7 +1283,8 @@ def compiled(model, x, context):
             loss = fast(x, x)[1]
         loss.backward()
     except Exception as e:  # a compiler may fail in any way; training does not need it
-        notice(f"torch.compile does not work here ({(str(e).strip() or repr(e)).splitlines()[0][:100]}); going on without")
+        why = (str(e).strip() or repr(e)).splitlines()[0][:99]
+        notice(f"torch.compile does not work here ({why}); going on without")
         fast = model
     model.zero_grad(set_to_none=True)
     return fast
@@ -1286,7 +1306,7 @@ def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw (B,) ids from logits (B, V). On the CPU in float32, so that every device draws the same from the same."""
     logits = logits.float().cpu()
     if not logits.isfinite().all():
-        raise Error("the model's logits are not finite: it was trained too fast, or half precision is too coarse for it", 1)
+        raise Error("the model's logits are not finite: trained too fast, or half precision is too coarse for it", 1)
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits, V = logits / temperature, logits.size(-1)
@@ -1332,8 +1352,8 @@ def stream_text(tokenizer, ids, stop=""):
         held = held[len(held) - begun:]
 
 def sample(**given):
-    """Generate text: prints it as it comes, and returns the list of texts, each with its prompt. Keyword arguments are the
-    flags of `python gpt.py sample`."""
+    """Generate text: prints it as it comes, and returns the list of texts, each with its prompt. Keyword arguments are
+    the flags of `python gpt.py sample`."""
     s = Sampling(**check(given, Sampling))
     if not 0 < s.top_p <= 1:
         raise Error(f"--top-p {s.top_p} must be above 0 and at most 1")
@@ -1342,7 +1362,8 @@ def sample(**given):
     if len(ids) > model.config.block_size:
         notice(f"the prompt has {len(ids)} tokens; the model sees the newest {model.config.block_size}")
     if not len(ids):  # begin as a document does, or a line
-        ids = torch.tensor([tokenizer.eot]) if tokenizer.eot else tokenizer.encode("\n" if "\n" in tokenizer.chars else tokenizer.chars[0])
+        first = tokenizer.eot if tokenizer.eot is not None else max(0, tokenizer.chars.find("\n"))
+        ids = torch.tensor([first])
     idx = ids.long().expand(s.num, -1).to(next(model.parameters()).device)
     made, begun, generator = 0, time.monotonic(), torch.Generator().manual_seed(s.seed)
     def rows():
@@ -1403,8 +1424,9 @@ def evaluate(**given):
     loss, counted = mean_loss(model, tokens, s.stride, s.batch_size)
     lengths = torch.tensor([len(token) * (i != tokenizer.eot) for i, token in enumerate(tokenizer.tokens)])
     count_bytes = sum(int(lengths[part.long()].sum()) for part in tokens[1:].split(1 << 20))
-    result = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": loss * counted / math.log(2) / max(1, count_bytes),
-              "tokens": counted, "stride": min(s.stride or math.inf, model.config.block_size)}
+    result = {"loss": loss, "perplexity": math.exp(min(loss, 700)),
+              "bits_per_byte": loss * counted / math.log(2) / max(1, count_bytes), "tokens": counted,
+              "stride": min(s.stride or math.inf, model.config.block_size)}
     say(json.dumps(result) if s.json else f"loss {loss:.4f} nats, perplexity {result['perplexity']:.3f}, "
         f"{result['bits_per_byte']:.4f} bits per byte ({counted:,} tokens, stride {result['stride']})")
     return result
@@ -1732,16 +1754,18 @@ def parse(argv):
     parser = Parser(prog="gpt.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (_, classes, help) in COMMANDS.items():
-        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False,
+                                  argument_default=argparse.SUPPRESS)
         for f in {f.name: f for cls in classes for f in fields(cls)}.values():
-            default = "" if f.default in (None, "", ()) else f" [{' '.join(f.default) if f.type is list else f.default}]"
-            about = {"help": f.metadata["help"].replace("%", "%%") + default}
+            default = " ".join(f.default) if f.type is list else "" if f.default is None else str(f.default)
+            about = {"help": f.metadata["help"].replace("%", "%%") + (f" [{default}]" if default else "")}
             if f.name == "folder":
                 sub.add_argument(f.name, metavar="DIR", **about)
             elif f.type is bool:
                 sub.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, **about)
             else:
-                sub.add_argument(flag(f.name), metavar=f.type.__name__.upper(), nargs="+" if f.type is list else None, **about)
+                metavar = {list: "DATA", str: "TEXT", int: "N", float: "X"}[f.type]
+                sub.add_argument(flag(f.name), metavar=metavar, nargs="+" if f.type is list else None, **about)
     argv = [re.sub("_", "-", a.split("=")[0]) + a[len(a.split("=")[0]):] if a.startswith("--") else a for a in argv]
     given, unknown = parser.parse_known_args(argv)
     given = vars(given)

@@ -1182,7 +1182,8 @@ def main(argv=None):
         text = {key: f'{row[key]:.3g}' if isinstance(row.get(key), float) else row.get(key) or '-' for key in keys}
         print(columns.format(**text) + ('' if row['ok'] else '  WRONG'), flush=True)
     if args.json:
-        pathlib.Path(args.json).write_text(json.dumps(dict(device=str(device), ceilings=ceilings, rows=rows), indent=1), 'utf-8')
+        table = dict(device=str(device), ceilings=ceilings, rows=rows)
+        pathlib.Path(args.json).write_text(json.dumps(table, indent=1), 'utf-8')
     return 0 if all(row['ok'] for row in rows) else 1
 
 if __name__ == '__main__':
