@@ -8,7 +8,7 @@
     python gpt.py train                      learn input.txt, a play, in about three minutes on a laptop's CPU
     python gpt.py sample                     write more of it
     python gpt.py train --data my.txt        learn something else (files, folders, globs, addresses)
-    python gpt.py train --help               every setting; `eval`, `inspect`, `ablate` and `export` have theirs
+    python gpt.py train --help               every setting; `sample`, `eval` and `export` have theirs
 
 The default model differs from GPT-2 in what has proved itself since, and `--arch gpt2` brings every part of it back:
   - positions rotate the queries and keys (RoPE) instead of being added to the embedding
@@ -125,7 +125,6 @@ class Training(Machine):
     save_every: int = setting(None, "steps between checkpoints (default: at evaluations; also every five minutes)", 1)
     compile: str = setting("auto", "torch.compile; auto: on CUDA", choices="auto on off")
     checkpoint_activations: bool = setting(False, "keep only each block's input and recompute the rest: less memory")
-    probe: str = setting(None, "text that `inspect` follows through training (default: a line of the data; '': none)")
     resume: bool = setting(False, "go on where the run in --out stopped")
     overwrite: bool = setting(False, "replace the run in --out")
 
@@ -919,8 +918,7 @@ class Run:
         if self.rank == 0:
             for name in ("best.pt", "ckpt.pt", "ckpt.prev.pt") if not checkpoint else ():
                 (self.out / name).unlink(missing_ok=True)
-            for name in ("log.jsonl", "probe.jsonl"):
-                keep_lines(self.out / name, self.step)
+            keep_lines(self.out / "log.jsonl", self.step)
         self.progress = max(0, self.step - 1) / self.s.steps if self.s.steps else 0.0
         self.begun, self.logged = (self.progress, time.monotonic()), (self.step, 0.0)
 
@@ -1146,7 +1144,7 @@ class Run:
 
 FORMAT = 1  # a higher number comes from a newer gpt.py
 MAY_CHANGE = {"out", "resume", "overwrite", "data", "steps", "minutes", "device", "dtype", "attention", "compile",
-              "checkpoint_activations", "eval_every", "save_every", "probe"}  # what --resume may be given
+              "checkpoint_activations", "eval_every", "save_every"}  # what --resume may be given
 
 def settle(given, device):
     """-> (settings, checkpoint, weights, tokenizer) of a run: one that goes on, a new one, or one from others' weights.
