@@ -401,7 +401,7 @@ def test_two_runs_cannot_write_one_folder(capsys):
 def test_minutes_end_on_time_with_the_schedule_complete():
     begun = time.monotonic()
     result = train(steps=None, minutes=0.08)
-    assert time.monotonic() - begun < 4.8 + 2.0 and result["lr"] < 0.1 * gpt.Training.lr and result["step"] > 3
+    assert time.monotonic() - begun < 4.8 + 5.0 and result["lr"] < 0.1 * gpt.Training.lr and result["step"] > 3
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_twenty_end_the_run(monkeypatch, capsys):
     honest = gpt.Run.backward
