@@ -7,8 +7,9 @@
 
     python gpt.py train                      learn input.txt, a play, in about three minutes on a laptop's CPU
     python gpt.py sample                     write more of it
+    python gpt.py inspect                    write a page that shows how it learnt
     python gpt.py train --data my.txt        learn something else (files, folders, globs, addresses)
-    python gpt.py train --help               every setting; `sample`, `eval` and `export` have theirs
+    python gpt.py train --help               every setting; `sample`, `eval`, `ablate`, `export` have theirs
 
 The default model differs from GPT-2 in what has proved itself since, and `--arch gpt2` brings every part of it back:
   - positions rotate the queries and keys (RoPE) instead of being added to the embedding
@@ -20,12 +21,14 @@ The default model differs from GPT-2 in what has proved itself since, and `--arc
 """
 import time
 LOADED = time.monotonic()  # `--minutes` counts from here, so that the seconds it takes to load torch are included
-import argparse, atexit, codecs, contextlib, difflib, functools, glob, gzip, hashlib, itertools, json, math, os, re
-import shlex, shutil, signal, sys, tempfile, threading, unicodedata, warnings, zipfile, zlib
+import argparse, atexit, base64, codecs, contextlib, ctypes, difflib, functools, glob, gzip, hashlib, html, io, itertools
+import json, math, os, re, shlex, shutil, signal, sys, tempfile, threading, unicodedata, warnings, zipfile, zlib
 from array import array
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, fields
 from heapq import heappop, heappush
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch would like it; nothing here needs it
@@ -121,7 +124,8 @@ class Training(Machine):
     weight_decay: float = setting(0.0, "weight decay of matrices")
     grad_clip: float = setting(1.0, "longest gradient (2-norm) that a step follows; 0 is off")
     warmup: int = setting(0, "steps over which the learning rate rises")
-    eval_every: int = setting(None, "steps between evaluations (default: 20 in a run)", 1)
+    eval_every: int = setting(None, "steps between evaluations (default: 10 in a run)", 1)
+    probe: str = setting(None, "a text to watch the model read while it learns (default: a line of the data; '': off)")
     save_every: int = setting(None, "steps between checkpoints (default: at evaluations; also every five minutes)", 1)
     compile: str = setting("auto", "torch.compile; auto: on CUDA", choices="auto on off")
     checkpoint_activations: bool = setting(False, "keep only each block's input and recompute the rest: less memory")
@@ -874,7 +878,8 @@ def listening(run):
 
 def train(on_eval=None, started=None, **given):
     """Train a model. Keyword arguments are the flags of `python gpt.py train`; returns the last metrics as a dict.
-    `on_eval(run)` is called after every evaluation and at steps 0, 1, 2, 4, 8, ...; time counts from `started`."""
+    `on_eval(run)` (`watch`, unless probe="") is called after every evaluation, twenty times in a run, and at steps
+    1, 2, 4, 8, ...; time counts from `started`."""
     given = check(given, Config, Training)
     if {"steps", "minutes"} <= given.keys():
         raise Error("--steps and --minutes: give one of them")
@@ -883,10 +888,13 @@ def train(on_eval=None, started=None, **given):
         # same, except with AMX units, which take bfloat16.
         stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         torch.set_float32_matmul_precision("medium" if not torch.cuda.is_available() else "high")
+        with contextlib.suppress(OSError, AttributeError, TypeError):  # Linux: keep freed memory for the next step,
+            libc = ctypes.CDLL(None)                                   # instead of asking the kernel for it anew
+            libc.mallopt(-1, 1 << 30), libc.mallopt(-3, 1 << 25)       # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
         run = Run(given, started or time.monotonic(), stack)
         stack.enter_context(listening(run))
         try:
-            return run.loop(on_eval)
+            return run.loop(on_eval or (watch if run.s.probe != "" else None))
         except RuntimeError as e:
             if run.world == 1:
                 raise
@@ -898,7 +906,7 @@ class Run:
     def __init__(self, given, started, stack):
         self.out, self.started, self.signal, self.saved_at = Path(given.get("out", "out")), started, 0, time.monotonic()
         self.step, self.skipped, self.busy, self.reserve, self.seconds_before = 0, 0, 0.0, 0.0, 0.0
-        self.history, self.last = [], {"train_loss": None, "lr": 0.0, "grad_norm": None}
+        self.history, self.last, self.notes = [], {"train_loss": None, "lr": 0.0, "grad_norm": None}, {}
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(given.get("device", "auto"))
         if self.world > 1:
@@ -918,7 +926,8 @@ class Run:
         if self.rank == 0:
             for name in ("best.pt", "ckpt.pt", "ckpt.prev.pt") if not checkpoint else ():
                 (self.out / name).unlink(missing_ok=True)
-            keep_lines(self.out / "log.jsonl", self.step)
+            for name in ("log.jsonl", "probe.jsonl"):
+                keep_lines(self.out / name, self.step)
         self.progress = max(0, self.step - 1) / self.s.steps if self.s.steps else 0.0
         self.begun, self.logged = (self.progress, time.monotonic()), (self.step, 0.0)
 
@@ -986,7 +995,7 @@ class Run:
                     self.evaluate()
                 if evaluating or due(None, 500):
                     self.log(evaluating)
-                if on_eval and (evaluating or (self.step & (self.step - 1) == 0 and not self.signal)):
+                if on_eval and not self.signal and (evaluating or due(None, 20) or self.step & (self.step - 1) == 0):
                     on_eval(self)
                 if done or self.signal or due(self.s.save_every, 10) or time.monotonic() - self.saved_at > 300:
                     self.save(final=done or self.signal)
@@ -1096,8 +1105,7 @@ class Run:
         line = {"step": self.step, "tokens": self.step * per_step, "seconds": round(self.seconds(), 3), **self.last,
                 "tokens_per_second": speed, "memory_mb": memory_mb(self.device)}
         val = self.history[-1][1] if self.history else None
-        with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line | {"val_loss": val} if evaluated else line) + "\n")
+        append_line(self.out / "log.jsonl", line | {"val_loss": val} if evaluated else line)
         if evaluated or sys.stdout.isatty():
             share = min(1.0, self.progress)
             left = (time.monotonic() - self.begun[1]) / max(1e-9, share - self.begun[0]) * (1 - share)
@@ -1144,7 +1152,7 @@ class Run:
 
 FORMAT = 1  # a higher number comes from a newer gpt.py
 MAY_CHANGE = {"out", "resume", "overwrite", "data", "steps", "minutes", "device", "dtype", "attention", "compile",
-              "checkpoint_activations", "eval_every", "save_every"}  # what --resume may be given
+              "checkpoint_activations", "eval_every", "save_every", "probe"}  # what --resume may be given
 
 def settle(given, device):
     """-> (settings, checkpoint, weights, tokenizer) of a run: one that goes on, a new one, or one from others' weights.
@@ -1244,14 +1252,25 @@ def need_tokenizer(tokenizer, name):
     if tokenizer is None:
         raise Error(f"{name}: its tokenizer is none that gpt.py can read")
 
+def append_line(path, line):
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as e:
+        notice(f"{path}: {e.strerror}; training goes on")
+
+def read_lines(path):
+    """The objects in a .jsonl file; a line half written when its process died does not count."""
+    lines = []
+    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
+
 def keep_lines(path, step):
     """Cut a log's lines at `step` and after: a run that goes on from there writes them again."""
-    kept = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):  # a line half written when its process died
-            if json.loads(line)["step"] < step:
-                kept.append(line + "\n")
-    path.write_text("".join(kept), "utf-8")
+    if path.exists():
+        write_whole(path, [(json.dumps(line) + "\n").encode() for line in read_lines(path) if line["step"] < step])
 
 @contextlib.contextmanager
 def locked(folder):
@@ -1359,9 +1378,7 @@ def sample(**given):
     prompt, ids = read_prompt(s.prompt, tokenizer)
     if len(ids) > model.config.block_size:
         notice(f"the prompt has {len(ids)} tokens; the model sees the newest {model.config.block_size}")
-    if not len(ids):  # begin as a document does, or a line
-        first = tokenizer.eot if tokenizer.eot is not None else max(0, tokenizer.chars.find("\n"))
-        ids = torch.tensor([first])
+    ids = ids if len(ids) else first_token(tokenizer)
     idx = ids.long().expand(s.num, -1).to(next(model.parameters()).device)
     made, begun, generator = 0, time.monotonic(), torch.Generator().manual_seed(s.seed)
     def rows():
@@ -1384,6 +1401,10 @@ def sample(**given):
         say("")
     notice(f"{made / max(1e-9, time.monotonic() - begun):,.0f} tokens/s")
     return texts
+
+def first_token(tokenizer):
+    """What a text without a prompt begins with, as a document does, or a line: ids (1,)."""
+    return torch.tensor([tokenizer.eot if tokenizer.eot is not None else max(0, tokenizer.chars.find("\n"))])
 
 def read_prompt(prompt, tokenizer):
     """--prompt -> (text, ids (T,)). What the vocabulary lacks is named and left out."""
@@ -1428,6 +1449,399 @@ def evaluate(**given):
     say(json.dumps(result) if s.json else f"loss {loss:.4f} nats, perplexity {result['perplexity']:.3f}, "
         f"{result['bits_per_byte']:.4f} bits per byte ({counted:,} tokens, stride {result['stride']})")
     return result
+
+# --- Looking inside --------------------------------------------------------------------------------------------------
+# What the model would say next, layer by layer; where its heads look, and what each is worth; when it begins to recite.
+
+@torch.no_grad()
+def look(model, idx):
+    """Ids (T,) -> the next token's probabilities as each layer has them, (n_layer + 1, T, V), beginning with the bare
+    embedding (the logit lens: the head reads a stream that is not finished), and attention maps (n_layer, H, T, T)."""
+    streams, maps, blocks, training = [], [], getattr(model, "blocks", ()), model.training
+    def recording(q, k, v, dropout_p=0.0):
+        out, probs = plain_attention(q, k, v, maps=True)
+        maps.append(probs[0].float().cpu())
+        return out
+    attends = [block.attn.attend for block in blocks]
+    hooks = [part.register_forward_hook(lambda part, given, x: streams.append(x))
+             for part in ((model.dropout, *blocks) if blocks else ())]
+    try:
+        model.eval()
+        for block in blocks:
+            block.attn.attend = recording
+        logits, _ = model(idx[None])
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+        for block, attend in zip(blocks, attends):
+            block.attn.attend = attend
+    views = torch.cat([model.head(model.norm(x)) for x in streams] or [logits])
+    return views.float().cpu().softmax(dim=-1), torch.stack(maps) if maps else torch.zeros(0, 0, len(idx), len(idx))
+
+def shown_layers(config):
+    """Layers whose maps are kept: evenly spread, with 36 heads at most between them."""
+    return torch.linspace(0, config.n_layer - 1, min(config.n_layer, max(1, 36 // config.n_head))).long()
+
+def observe(model, tokenizer, idx):
+    """One look at ids (T,) as plain values: five likeliest tokens a position, ranks of the true ones, lens, maps."""
+    probs, maps = look(model, idx)
+    def word(i):
+        return tokenizer.tokens[i].decode("utf-8", "backslashreplace")
+    def named(values, ids):
+        return [[(word(i), round(p, 4)) for p, i in zip(*row)] for row in zip(values.tolist(), ids.tolist())]
+    true, idx = probs[-1, :-1].gather(-1, idx[1:, None].cpu()), idx.cpu()
+    lower = torch.ones(len(idx), len(idx), dtype=torch.bool).tril()
+    raw = (maps[shown_layers(model.config), :36][..., lower] * 255).round().byte()  # (layers, heads, T (T + 1) / 2)
+    return {"text": [word(i) for i in idx.tolist()], "top": named(*probs[-1].topk(min(5, probs.size(-1)))),
+            "rank": ((probs[-1, :-1] > true).sum(-1) + 1).tolist(), "lens": [named(*row.topk(1)) for row in probs],
+            "maps": base64.b64encode(bytes(raw.flatten().tolist())).decode()}
+
+def recited(text, source, n):
+    """For each character of a text, whether it is in a run of n or more that stands in `source` word for word."""
+    marks = [False] * len(text)
+    for i in range(len(text) - n + 1):
+        if text[i:i + n] in source:
+            marks[i:i + n] = [True] * n
+    return marks
+
+def longest_run(text, source):
+    """Characters in the longest piece of a text that stands in `source`. `longest_run("abcd", "xbcy") == 2`"""
+    longest = 0
+    for i in range(len(text)):
+        while i + longest < len(text) and text[i:i + longest + 1] in source:
+            longest += 1
+    return longest
+
+def plain_text(tokenizer, tokens):
+    return b"".join(tokenizer.tokens[i] for i in tokens[:1 << 22].tolist()).decode("utf-8", "replace")
+
+def watch(run):
+    """Called by `train` at evaluations and, more densely early, between them: writes a line of probe.jsonl."""
+    model, tokenizer, seen = run.raw, run.tokenizer, run.notes
+    if not seen:
+        seen["texts"] = [plain_text(tokenizer, tokens) for tokens in (run.train_tokens, run.val_tokens)]
+        text = run.s.probe
+        if text is None:
+            text = max((seen["texts"][1] or seen["texts"][0])[:2000].splitlines(), key=len, default="")
+        ids = read_prompt(text, tokenizer)[1]
+        seen["idx"] = (ids if len(ids) else first_token(tokenizer))[:min(32, run.T)].long().to(run.device)
+    def write(idx, tokens, temperature):
+        rows = zip(*(ids.tolist() for ids in generate(model.eval(), idx, tokens, temperature, generator=generator)))
+        return [plain_text(tokenizer, torch.tensor(row)) for row in rows]
+    generator, training, idx = torch.Generator().manual_seed(run.s.seed), model.training, seen["idx"]
+    line = {"step": run.step, **observe(model, tokenizer, idx)}
+    line["greedy"] = plain_text(tokenizer, idx[:8]) + write(idx[None, :8], 24, 0)[0]
+    if run.history[-1][0] == run.step:  # an evaluation
+        line["samples"] = texts = write(first_token(tokenizer).to(run.device).expand(3, 1), 80, 0.8)
+        line["longest"] = [max(longest_run(text, source) for text in texts) for source in seen["texts"]]
+        line["share"] = [sum(sum(recited(text, source, 50)) for text in texts) / sum(map(len, texts))
+                         for source in seen["texts"]]
+    model.train(training)
+    append_line(run.out / "probe.jsonl", line)
+
+def roles(model, idx):
+    """The share of each head's attention that goes where a name says, (n_layer, H), over ids (T,) from the ninth on."""
+    _, maps = look(model, idx)
+    at, idx = torch.arange(len(idx)), idx.cpu()
+    same = (idx[:, None] == idx) & (at[:, None] > at)
+    masks = {"previous token": at[:, None] - 1 == at, "first token": at.expand(len(idx), -1) == 0,
+             "same token": same, "after the same token": same.roll(1, dims=1)}  # the last is an induction head's
+    return {name: (maps * mask).sum(-1)[..., 8:].mean(-1) for name, mask in masks.items()}
+
+def worth(model, tokens):
+    """The rise of the loss on a text (N,) when what a head gives is zeroed, (n_layer, H), and when a block is skipped,
+    (n_layer,)."""
+    config = model.config
+    limit = max(1, min(1 << 15, (1 << 34) // count(model)) // config.block_size)
+    base, _ = mean_loss(model, tokens, limit=limit)
+    def rise(hook):
+        try:
+            return mean_loss(model, tokens, limit=limit)[0] - base
+        finally:
+            hook.remove()
+    def silence(head):
+        def hook(part, given):
+            x = given[0].unflatten(-1, (config.n_head, -1)).clone()  # (B, T, H, D)
+            x[:, :, head] = 0
+            return x.flatten(-2)
+        return hook
+    heads = [[rise(block.attn.out.register_forward_pre_hook(silence(head))) for head in range(config.n_head)]
+             for block in model.blocks]
+    return heads, [rise(block.register_forward_hook(lambda part, given, x: given[0])) for block in model.blocks]
+
+def bigram_loss(train, val, V):
+    """Loss on `val` of a table that counts what follows what in `train`, plus a tenth: where a bigram model ends."""
+    train, val = train[:1 << 24].long(), val[:1 << 24].long()
+    counts = torch.bincount(train[:-1] * V + train[1:], minlength=V * V).view(V, V) + 0.1
+    return -(counts / counts.sum(1, keepdim=True)).log()[val[:-1], val[1:]].mean().item()
+
+@dataclass
+class Inspection(Machine):
+    probe: str = setting("", "look at this text, in the finished model alone (default: what `train` recorded)")
+
+def inspect(**given):
+    """Write inspect.html, a page without network or library, into the run's folder -> its path. In a notebook it is
+    shown too. Keyword arguments are the flags of `inspect`."""
+    s = Inspection(**check(given, Inspection))
+    (model, tokenizer), out, log, records = open_model(s), Path(s.out), [], []
+    config, V, train, val = model.config, len(tokenizer.tokens), torch.zeros(0), torch.zeros(0)
+    if not s.init:
+        log, records = read_lines(out / "log.jsonl"), read_lines(out / "probe.jsonl") if not s.probe else []
+        try:
+            train, val = split(load_tokens(load_run(out)["settings"]["training"]["data"], tokenizer)[0])
+        except Error as e:
+            notice(f"{e}; the page goes without what needs the text")
+    if not records:
+        text = s.probe or plain_text(tokenizer, val[:32] if len(val) else train[:32])
+        idx = read_prompt(text, tokenizer)[1][:min(32, config.block_size)].long()
+        if not len(idx):
+            raise Error("inspect: there is no record and no text to look at; name one with --probe TEXT")
+        records = [{"step": 0, **observe(model, tokenizer, idx.to(next(model.parameters()).device))}]
+    records = [records[i] for i in torch.linspace(0, len(records) - 1, min(40, len(records))).long().tolist()]
+    source = plain_text(tokenizer, train)
+    for record in records:
+        marked = [zip(text, recited(text, source, 20)) for text in record.get("samples", ())]
+        record["samples"] = [[("".join(c for c, _ in run), mark) for mark, run in groupby(pairs, itemgetter(1))]
+                             for pairs in marked]
+    scores, each, layers = {}, None, []
+    if config.n_layer and len(val) > 16:
+        notice(f"measuring what {config.n_layer * config.n_head} heads are worth")
+        scores, (each, layers) = roles(model, val[:min(256, config.block_size)].long()), worth(model, val)
+    heads = [dict(layer=l, head=h, worth=each and each[l][h],
+                  scores={role: x[l, h].item() for role, x in scores.items()})
+             for l in shown_layers(config).tolist() for h in range(config.n_head)][:36]
+    levels = {"ln(V)": math.log(V)}
+    if len(val) > 1 and V <= 4096:
+        levels["bigram table"] = bigram_loss(train, val, V)
+    about = f"{count(model):,} parameters, {config.n_layer} layers, {config.n_head} heads, a vocabulary of {V:,} tokens"
+    data = json.dumps(dict(about=about, log=log, levels=levels, records=records, heads=heads, layers=layers))
+    page = PAGE.replace("DATA", data.replace("<", "\\u003c"), 1)
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "inspect.html", [page.encode()])
+    say(out / "inspect.html")
+    if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
+        from IPython.display import HTML, display
+        display(HTML(f'<iframe srcdoc="{html.escape(page)}" width="100%" height="900"></iframe>'))
+    return out / "inspect.html"
+
+@dataclass
+class Ablation(Training):
+    vary: list = setting((), "what to vary: n_head=1,2,4 varies one setting, 'n_head=1,2 n_layer=2,4' makes every pair")
+    seeds: int = setting(1, "runs of each setting, with the seeds that follow --seed", 1)
+
+def ablate(**given):
+    """Train every setting that `vary` names, everything else being equal; print a table, write ablate.json -> its rows.
+    Interrupted and called again, it goes on where it was. Keyword arguments are the flags of `ablate`."""
+    given = check(given, Config, Ablation)
+    vary, seeds, out = given.pop("vary", []), given.pop("seeds", 1), Path(given.pop("out", "out"))
+    plans, path = [], out / "ablate.json"
+    for group in vary:
+        axes = [[(name.replace("-", "_"), {"true": True, "false": False}.get(value.lower(), value))
+                 for value in values.split(",")] for name, _, values in (word.partition("=") for word in group.split())]
+        plans += [check(dict(plan), Config, Training) for plan in itertools.product(*axes)]
+    if not plans:
+        raise Error("ablate: nothing to vary; for example --vary n_head=1,2,4 --vary arch=bigram,qwen3")
+    for plan in plans:  # what cannot work is found before the first hour has passed
+        Config(**parts(settle({**given, **plan, "out": str(out / "new")}, torch.device("cpu"))[0], Config)[0])
+    done = read_json(path) if path.exists() else {"base": given, "rows": []}
+    if done["base"] != given:
+        raise Error(f"{path} has other settings: {done['base']}; name another --out")
+    def text(plan):
+        return " ".join(f"{name}={value}" for name, value in plan.items())
+    for i, (plan, n) in enumerate(todo := list(itertools.product(plans, range(seeds)))):
+        seed, rows = given.get("seed", Machine.seed) + n, done["rows"]
+        if any(row["setting"] == text(plan) and row["seed"] == seed for row in rows):
+            continue
+        folder = out / f"{text(plan)} seed={seed}"
+        notice(f"run {i + 1} of {len(todo)}: {folder.name}")
+        with contextlib.redirect_stdout(io.StringIO()):
+            begun = {"resume": True} if (folder / "ckpt.pt").exists() else given | plan | {"seed": seed}
+            last = train(**begun, out=str(folder))
+            if last["signal"]:
+                return {"signal": last["signal"]}
+            loss = evaluate(out=str(folder), device=given.get("device", "auto"))["loss"]
+        rows.append({"setting": text(plan), "seed": seed, "parameters": count(load_model(folder)[0]), "loss": loss,
+                     "steps": last["step"], "seconds": round(last["seconds"], 1)})
+        write_whole(path, [json.dumps(done, indent=1).encode()])
+        notice(f"loss {loss:.4f} after {last['seconds']:.0f} s")
+    say("| setting | parameters | loss | better than the first by | seconds |\n| --- | --- | --- | --- | --- |")
+    for plan in plans:
+        rows = [row for row in done["rows"] if row["setting"] == text(plan)]
+        loss, seconds = (torch.tensor([row[key] for row in rows], dtype=torch.float64) for key in ("loss", "seconds"))
+        first = loss.mean() if plan is plans[0] else first
+        spread = f" ± {loss.std():.4f}" if len(rows) > 1 else ""
+        say(f"| {text(plan)} | {rows[0]['parameters']:,} | {loss.mean():.4f}{spread} | {first - loss.mean():.4f} | "
+            f"{seconds.mean():.0f} |")
+    return done
+
+PAGE = r"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Inside a GPT</title>
+<style>
+:root { color-scheme: light dark; --ink: light-dark(#222, #ddd); --soft: light-dark(#6b6b6b, #999);
+  --back: light-dark(#fff, #16181c); --line: light-dark(#ddd, #383c44); --a: light-dark(#0b62c4, #5aa9ff);
+  --b: light-dark(#b4540a, #ffa04d); --good: light-dark(#0a7a38, #4ccb80) }
+body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--back); max-width: 76rem;
+  margin: auto; padding: 0 1rem 4rem }
+h2 { margin: 2.2rem 0 .2rem } p, small { color: var(--soft); margin: .2rem 0 .8rem; max-width: 50rem }
+header { position: sticky; top: 0; background: var(--back); border-bottom: 1px solid var(--line); padding: .5rem 0 }
+input { width: 100%; accent-color: var(--a) } .row { display: flex; flex-wrap: wrap; gap: 1rem }
+figure { margin: 0; flex: 1 1 22rem; max-width: 36rem } path { stroke-width: 2 } svg text { fill: var(--soft); font-size: 11px }
+.card { min-width: 8.4rem }
+.bar { font: 12px/1.5 ui-monospace, monospace; white-space: pre; overflow: hidden; padding: 0 .3rem;
+  background: linear-gradient(to right, color-mix(in srgb, var(--a) 35%, transparent) var(--p), transparent var(--p)) }
+.true { color: var(--good); font-weight: bold } table { border-collapse: collapse; font: 12px ui-monospace, monospace }
+td, th { border: 1px solid var(--line); padding: .15rem .35rem; white-space: pre; text-align: center }
+.wide { overflow-x: auto } canvas { width: 8.4rem; image-rendering: pixelated; border: 1px solid var(--line) }
+pre { white-space: pre-wrap; border-left: 3px solid var(--line); padding-left: .8rem; flex: 1 1 20rem; margin: .3rem 0 }
+mark { background: color-mix(in srgb, var(--b) 40%, transparent); color: inherit }
+</style>
+<h1>Inside a GPT</h1><p id="about"></p>
+<header><label for="at">Training step <output id="now" for="at"></output></label>
+<input id="at" type="range" min="0" value="0"></header>
+<main>
+<h2>Loss</h2>
+<p>Nats per token. The axis of steps is logarithmic, for most happens at the beginning.</p>
+<div class="row" id="curves"></div>
+<h2>The next token</h2>
+<p>After each token of the probe, the five that the model finds likeliest. <b class="true">Green</b> is what the text
+goes on with; the number behind it is its place among all.</p>
+<div class="row" id="next"></div>
+<h2>Layer by layer</h2>
+<p>The likeliest next token, if the model had to answer after so many blocks (the logit lens). The stronger the colour,
+the surer; green is right.</p>
+<div class="wide"><table id="lens"></table></div>
+<h2>Where heads look</h2>
+<p>Row: the token that looks. Column: the token looked at. Point at a map, or focus it and use the arrow keys, for its
+values. A head is named after where at least 0.4 of its attention goes, in the finished model, on average over
+validation text: to the token before, to the first token, to earlier tokens equal to this one, or to those right after
+such. Worth: the rise of the validation loss in the finished model when what this head gives is zeroed.</p>
+<p id="cell" aria-live="polite">&nbsp;</p>
+<div class="row" id="maps"></div>
+<div class="wide" id="layers"></div>
+<h2>What it writes</h2>
+<p>First the likeliest continuation of the probe's first eight tokens, then samples at temperature 0.8;
+<mark>marked</mark> is what stands in the training text word for word for 20 characters or more.</p>
+<div class="row" id="texts"></div>
+</main>
+<script>
+const D = DATA, R = D.records, $ = id => document.getElementById(id)
+const shown = t => t.replace(/\n/g, '⏎').replace(/ /g, '·').replace(/\t/g, '⇥')
+function add(parent, tag, text = '', attributes = {}) {
+  const kind = ['svg', 'path', 'text', 'line'].includes(tag) ? '2000/svg' : '1999/xhtml'
+  const e = document.createElementNS('http://www.w3.org/' + kind, tag)
+  e.textContent = text
+  for (const [name, value] of Object.entries(attributes)) e.setAttribute(name, value)
+  parent.append(e)
+  return e
+}
+
+// Curves over training. A series is [name, colour, [[step, y], ...]]; levels are lines across.
+const last = Math.max(1, ...D.log.map(l => l.step), ...R.map(r => r.step)), markers = []
+const x = step => 40 + 440 * Math.log1p(step) / Math.log1p(last)
+function chart(title, series, levels = {}) {
+  series = series.filter(s => s[2].length)
+  if (!series.length) return
+  const top = Math.max(...series.flatMap(s => s[2].map(p => p[1])), ...Object.values(levels)) * 1.03 || 1
+  const y = v => 190 - 175 * v / top, end = s => `${s[0]} ${s[2].at(-1)[1].toFixed(2)}`
+  const figure = add($('curves'), 'figure'), svg = add(figure, 'svg', '', {viewBox: '0 0 500 210', role: 'img',
+    'aria-label': `${title}; at the end: ${series.map(end).join(', ')}`})
+  for (let s = 1; s <= last; s *= 4) add(svg, 'text', s, {x: x(s), y: 205, 'text-anchor': 'middle'})
+  for (let v = 0; v <= top; v += top / 4)
+    add(svg, 'text', v.toPrecision(3), {x: 34, y: y(v) + 4, 'text-anchor': 'end'})
+  for (const [name, v] of Object.entries(levels)) {
+    add(svg, 'line', '', {x1: 40, x2: 480, y1: y(v), y2: y(v), stroke: 'var(--soft)', 'stroke-dasharray': 4})
+    add(svg, 'text', `${name} ${v.toFixed(3)}`, {x: 480, y: y(v) - 4, 'text-anchor': 'end'})
+  }
+  for (const [, stroke, points] of series)
+    add(svg, 'path', '', {d: 'M' + points.map(p => [x(p[0]), y(p[1])]).join('L'), fill: 'none', stroke})
+  markers.push(add(svg, 'line', '', {y1: 10, y2: 190, stroke: 'var(--ink)'}))
+  const caption = add(figure, 'figcaption', title + ': ')
+  for (const s of series) add(caption, 'b', end(s) + ' ', {style: `color: ${s[1]}`})
+}
+const logged = key => D.log.filter(l => l[key] != null).map(l => [l.step, l[key]])
+const both = key => ['training', 'validation'].map((name, i) => [`the ${name} text`, i ? 'var(--b)' : 'var(--a)',
+  R.filter(r => r[key]).map(r => [r.step, r[key][i]])])
+$('about').textContent = D.about
+chart('Loss', [['training', 'var(--a)', logged('train_loss')], ['validation', 'var(--b)', logged('val_loss')]],
+  D.levels)
+chart('Longest run of characters in a sample that stands word for word in', both('longest'))
+chart('Share of the samples in such runs of 50 or more, in', both('share'))
+
+// One canvas for each head's map; `draw` fills them.
+const T = R[0].text.length, canvases = D.heads.map(head => {
+  const best = Object.entries(head.scores).sort((a, b) => b[1] - a[1])[0]
+  const name = `layer ${head.layer + 1}, head ${head.head + 1}`, box = add($('maps'), 'div', '', {class: 'card'})
+  const role = best?.[1] >= 0.4 ? `${best[0]} ${best[1].toFixed(2)}` : ''
+  const canvas = add(box, 'canvas', '', {width: T, height: T, tabindex: 0, role: 'img',
+    'aria-label': `attention of ${name}, ${role}`})
+  add(box, 'div', name)
+  add(box, 'div', role, {class: 'true'})
+  if (head.worth != null) add(box, 'small', `worth ${head.worth.toFixed(3)}`)
+  const cell = [0, 0], token = i => `“${shown(R[at].text[i])}” (${i + 1})`
+  const move = (...to) => {
+    to.forEach((v, i) => cell[i] = Math.max(0, Math.min(T - 1, Math.floor(v))))
+    const weight = (canvas.map(...cell) / 255).toFixed(2)
+    $('cell').textContent = `${name}: ${token(cell[0])} looks at ${token(cell[1])}: ${weight}`
+  }
+  canvas.onmousemove = e => move(e.offsetY / canvas.clientHeight * T, e.offsetX / canvas.clientWidth * T)
+  canvas.onkeydown = e => {
+    const by = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1]}[e.key]
+    if (by) { move(cell[0] + by[0], cell[1] + by[1]); e.preventDefault() }
+  }
+  return canvas
+})
+if (D.layers.length) {
+  const table = add($('layers'), 'table'), head = add(table, 'tr'), row = add(table, 'tr')
+  add(head, 'th', 'block skipped', {scope: 'row'}); add(row, 'th', 'loss rises by', {scope: 'row'})
+  D.layers.forEach((worth, i) => { add(head, 'th', i + 1, {scope: 'col'}); add(row, 'td', worth.toFixed(3)) })
+}
+let at = R.length - 1
+function draw() {  // everything that the slider moves
+  const r = R[at], val = D.log.findLast(l => l.val_loss != null && l.step <= r.step)?.val_loss
+  $('now').textContent = r.step + (val ? `, validation loss ${val.toFixed(3)}` : '')
+  for (const marker of markers) for (const end of ['x1', 'x2']) marker.setAttribute(end, x(r.step))
+  for (const id of ['next', 'lens', 'texts']) $(id).textContent = ''
+  r.top.forEach((top, i) => {
+    const card = add($('next'), 'div', '', {class: 'card'}), truth = r.text[i + 1]
+    add(card, 'b', `${i + 1} ${shown(r.text[i])}`)
+    if (truth) add(card, 'small', ` then ${shown(truth)} (${r.rank[i]}.)`)
+    for (const [token, p] of top)
+      add(card, 'div', `${shown(token).padEnd(4)} ${(100 * p).toFixed(1)}%`,
+        {class: token === truth ? 'bar true' : 'bar', style: `--p: ${100 * p}%`})
+  })
+  const head = add($('lens'), 'tr')
+  add(head, 'th', 'after block', {scope: 'col'})
+  for (const token of r.text) add(head, 'th', shown(token), {scope: 'col'})
+  r.lens.forEach((layer, l) => {
+    const row = add($('lens'), 'tr')
+    add(row, 'th', l || 'none', {scope: 'row'})
+    layer.forEach(([[token, p]], i) => add(row, 'td', shown(token), {class: token === r.text[i + 1] ? 'true' : '',
+      title: p, style: `background: color-mix(in srgb, var(--a) ${50 * p}%, transparent)`}))
+  })
+  const bytes = Uint8Array.from(atob(r.maps), c => c.charCodeAt(0)), size = T * (T + 1) / 2
+  const ink = getComputedStyle(document.body).color.match(/\d+/g).slice(0, 3)
+  canvases.forEach((canvas, n) => {
+    const image = new ImageData(T, T)
+    canvas.map = (i, j) => j > i ? 0 : bytes[n * size + i * (i + 1) / 2 + j]
+    for (let i = 0; i < T; i++)
+      for (let j = 0; j < T; j++) image.data.set([...ink, canvas.map(i, j)], 4 * (i * T + j))
+    canvas.getContext('2d').putImageData(image, 0, 0)
+  })
+  if (r.greedy) add($('texts'), 'pre', r.greedy)
+  for (const text of R.slice(0, at + 1).findLast(r => r.samples.length)?.samples ?? []) {
+    const pre = add($('texts'), 'pre')
+    for (const [part, known] of text) add(pre, known ? 'mark' : 'span', part)
+  }
+}
+$('at').max = at; $('at').value = at
+$('at').oninput = () => { at = +$('at').value; draw() }
+matchMedia('(prefers-color-scheme: dark)').onchange = draw
+document.querySelector('header').hidden = R.length < 2
+draw()
+</script>
+"""
 
 # --- Weights in and out ----------------------------------------------------------------------------------------------
 # Hugging Face's transformers knows three of the architectures that these settings can make. One table says what the
@@ -1740,6 +2154,8 @@ COMMANDS = {
     "train": (train, (Config, Training), "train a model"),
     "sample": (sample, (Sampling,), "generate text from a trained model"),
     "eval": (evaluate, (Evaluation,), "measure a model's loss on a text"),
+    "inspect": (inspect, (Inspection,), "write a page that shows what a model has learnt, and how"),
+    "ablate": (ablate, (Config, Ablation), "train a model in several settings, and compare"),
     "export": (export, (Export,), "write a Hugging Face folder"),
 }
 
@@ -1763,7 +2179,8 @@ def parse(argv):
                 sub.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, **about)
             else:
                 metavar = {list: "DATA", str: "TEXT", int: "N", float: "X"}[f.type]
-                sub.add_argument(flag(f.name), metavar=metavar, nargs="+" if f.type is list else None, **about)
+                several = {"nargs": "+", "action": "extend" if f.name == "vary" else "store"} if f.type is list else {}
+                sub.add_argument(flag(f.name), metavar=metavar, **several, **about)
     argv = [re.sub("_", "-", a.split("=")[0]) + a[len(a.split("=")[0]):] if a.startswith("--") else a for a in argv]
     given, unknown = parser.parse_known_args(argv)
     given = vars(given)
@@ -1782,7 +2199,7 @@ def main(argv=None):
     try:
         function, given = parse(sys.argv[1:] if argv is None else argv)
         result = function(**given, **({"started": LOADED} if function is train else {}))
-        return 128 + result["signal"] if function is train and result["signal"] else 0
+        return 128 + result.get("signal", 0) if isinstance(result, dict) and result.get("signal") else 0
     except Error as e:
         notice(f"error: {e}")
         return e.code

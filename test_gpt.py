@@ -24,7 +24,7 @@ def elsewhere(tmp_path, monkeypatch):
     torch.manual_seed(0)
 
 def train(**given):
-    return gpt.train(**{**SMALL, "data": "text.txt", "steps": 6, "device": "cpu", **given})
+    return gpt.train(**{**SMALL, "data": "text.txt", "steps": 6, "device": "cpu", "probe": "", **given})
 
 def command(*words, **env):
     """A real process: (exit code, stdout, stderr)."""
@@ -429,7 +429,7 @@ def test_out_of_memory_halves_the_pass_and_keeps_the_step(monkeypatch, capsys):
     train(out="tight", steps=3, batch_size=5)
     assert "2 sequences at a time" in capsys.readouterr().err
     for a, b in zip(losses("roomy"), losses("tight")):
-        assert a[2] == pytest.approx(b[2], abs=1e-5)
+        assert a[2] == pytest.approx(b[2], abs=1e-4)
 
 def test_a_compiler_that_fails_is_not_needed(monkeypatch, capsys):
     def broken(model):
@@ -626,6 +626,152 @@ def test_eval_is_the_direct_sum_and_knows_bytes(trained, capsys):
     assert {"loss", "perplexity", "bits_per_byte", "tokens", "stride"} == json.loads(capsys.readouterr().out).keys()
     Path("odd.txt").write_text("that is ß")
     assert "xdf" in refused(capsys, "eval", "--out", trained, "--data", "odd.txt")
+
+# --- Looking inside --------------------------------------------------------------------------------------------------
+
+def test_a_look_sees_what_the_model_does_and_leaves_no_trace():
+    torch.manual_seed(1)
+    model = gpt.GPT(gpt.Config(vocab_size=11, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, block_size=20, dropout=0.5)).train()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    idx, attends = torch.randint(11, (20,)), [block.attn.attend for block in model.blocks]
+    probs, maps = gpt.look(model, idx)
+    assert model.training and [block.attn.attend for block in model.blocks] == attends
+    assert not model.dropout._forward_hooks and not model.blocks[0]._forward_hooks
+    assert probs.shape == (4, 20, 11) and maps.shape == (3, 4, 20, 20)
+    model.eval()
+    for impl in ("plain", "sdpa"):  # the maps come from the plain attention: the fused one must mean the same
+        gpt.use_attention(model, impl, torch.float32)
+        assert torch.allclose(model(idx[None])[0][0].softmax(-1), probs[-1], atol=1e-5)
+    assert torch.allclose(maps.sum(-1), torch.ones(3, 4, 20)) and maps.triu(1).abs().max() == 0
+    bare = model.head(model.norm(model.embed(idx))).softmax(-1)
+    assert torch.allclose(probs[0], bare, atol=1e-6)  # the lens begins before the first block
+
+def test_a_bigram_can_be_looked_at_too():
+    probs, maps = gpt.look(gpt.build(gpt.Config(vocab_size=7, n_layer=0)), torch.arange(5))
+    assert probs.shape == (1, 5, 7) and maps.numel() == 0
+
+def test_recitation_is_measured_on_whole_runs():
+    assert gpt.longest_run("abcd", "xbcy") == 2 and gpt.longest_run("", "x") == gpt.longest_run("x", "") == 0
+    source = "".join(random.Random(0).choices("abc", k=400))
+    text = "".join(random.Random(1).choices("abc", k=60)) + source[100:130] + "".join(random.Random(2).choices("abc", k=60))
+    slow = max(n for n in range(len(text)) for i in range(len(text) - n + 1) if text[i:i + n] in source)
+    assert gpt.longest_run(text, source) == slow >= 30
+    marks = gpt.recited(text, source, 25)
+    assert all(marks[60:90]) and 30 <= sum(marks) < 40 and not any(gpt.recited(text, source, slow + 1))
+
+def test_probes_change_no_weight_and_record_what_happened():
+    runs = {probe: train(out=f"p{probe}", probe=probe, steps=40, dropout=0.1) for probe in ("", "to be, or")}
+    assert equal(weights("p"), weights("pto be, or")) and not Path("p/probe.jsonl").exists()
+    lines = gpt.read_lines(Path("pto be, or/probe.jsonl"))
+    assert [line["step"] for line in lines] == sorted({0, 1, 2, 4, 8, 16, 32, *range(0, 41, 2)})
+    last = lines[-1]
+    assert "".join(last["text"]) == "to be, or" and len(last["top"]) == 9 and len(last["rank"]) == 8
+    assert [len(layer) for layer in last["lens"]] == [9] * 3 and len(last["greedy"]) == 8 + 24
+    import base64
+    assert len(base64.b64decode(last["maps"])) == 2 * 4 * 45
+    assert len(last["samples"]) == 3 and last["longest"][0] >= last["longest"][1] >= 1 and "samples" not in lines[1]
+    model, tokenizer = gpt.load_model("pto be, or")
+    checkpoint = gpt.read_checkpoint(Path("pto be, or/ckpt.pt"))["model"]
+    model.load_state_dict(checkpoint)
+    probs = model(tokenizer.encode("to be, or")[None].long())[0][0].softmax(-1)
+    assert last["top"][8][0][0] == tokenizer.chars[probs[8].argmax()] and abs(last["top"][8][0][1] - probs[8].max()) < 1e-3
+
+def test_probes_of_a_resumed_run_are_those_of_one_that_never_stopped():
+    def stop(run):
+        gpt.watch(run)
+        if run.step == 8:
+            signal.raise_signal(signal.SIGINT)
+    train(out="whole", probe=None, **HARD)
+    train(out="cut", probe=None, on_eval=stop, **HARD)
+    gpt.train(resume=True, out="cut")
+    assert Path("cut/probe.jsonl").read_text() == Path("whole/probe.jsonl").read_text()
+
+def test_heads_are_named_after_where_they_look(monkeypatch):
+    idx = torch.tensor([3, 1, 2, 1, 2, 3, 1, 2, 3, 1, 1, 2])
+    n = len(idx)
+    maps = torch.zeros(1, 4, n, n)
+    for t in range(1, n):
+        same = [j for j in range(t) if idx[j] == idx[t]]
+        maps[0, 0, t, t - 1] = maps[0, 1, t, 0] = 1
+        for j in same:
+            maps[0, 2, t, j] = 0.5 / len(same)
+            maps[0, 3, t, j + 1] = 1 / len(same)
+    monkeypatch.setattr(gpt, "look", lambda model, idx: (None, maps))
+    scores = gpt.roles(None, idx)
+    found = [scores[name][0, head].item() for head, name in enumerate(("previous token", "first token", "same token", "after the same token"))]
+    assert found == pytest.approx([1, 1, 0.5, 1]) and scores["first token"][0, 0] == 0
+
+def test_the_worth_of_a_part_is_what_its_absence_costs():
+    model = gpt.GPT(gpt.Config(vocab_size=9, n_layer=2, n_head=2, n_embd=16, block_size=12)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    tokens = torch.randint(9, (200,), generator=torch.Generator().manual_seed(3))
+    heads, layers = gpt.worth(model, tokens)
+    base = gpt.mean_loss(model, tokens)[0]
+    kept = model.blocks[1].attn.out.weight.data.clone()
+    model.blocks[1].attn.out.weight.data[:, 8:] = 0  # its second head
+    assert heads[1][1] == pytest.approx(gpt.mean_loss(model, tokens)[0] - base, abs=1e-6) and heads[1][1] != 0
+    model.blocks[1].attn.out.weight.data = kept
+    assert gpt.mean_loss(model, tokens)[0] == base  # nothing stays silenced
+    model.blocks = model.blocks[:1]
+    assert layers[1] == pytest.approx(gpt.mean_loss(model, tokens)[0] - base, abs=1e-6)
+
+def test_the_bigram_level_is_what_a_trained_bigram_reaches():
+    tokens = torch.randint(5, (4000,), generator=torch.Generator().manual_seed(5)).cumsum(0) % 7
+    level = gpt.bigram_loss(tokens[:3600], tokens[3600:], 7)
+    Path("text.txt").write_text("".join("abcdefg"[i] for i in tokens))
+    gpt.train(arch="bigram", data="text.txt", steps=300, block_size=16, device="cpu", probe="")
+    assert abs(gpt.evaluate()["loss"] - level) < 0.02 and level < math.log(5) + 0.05
+
+def page_data(path):
+    page = Path(path).read_text("utf-8")
+    assert len(page.encode()) < 2_000_000 and page.count("</script>") == 1
+    assert not re.search(r"(src|href)=|url\(|@import|https?://(?!www\.w3\.org)", page), "the page must need no network"
+    return json.loads(re.search(r"^const D = (.*), R = D\.records", page, re.M).group(1))
+
+def test_inspect_writes_a_page_that_needs_nothing():
+    Path("text.txt").write_text((TEXT + "</script><b>a & b</b>\n") * 3)
+    train(out="r", steps=30, probe="</script>")
+    path = gpt.inspect(out="r")
+    data = page_data(path)
+    assert path == Path("r/inspect.html") and len(data["records"]) <= 40 and len(data["heads"]) == 8 and len(data["layers"]) == 2
+    assert data["levels"]["ln(V)"] == pytest.approx(math.log(len(gpt.load_model("r")[1].chars))) and "bigram table" in data["levels"]
+    for record in data["records"]:
+        if record["samples"]:
+            assert all(len(part) >= 20 for part, mark in record["samples"][0] if mark)
+    gpt.inspect(out="r", probe="or not")
+    assert "".join(page_data(path)["records"][0]["text"]) == "or not"
+
+def test_inspect_without_the_text_or_a_run_still_shows_the_model(capsys):
+    train(out="r", steps=2, probe="")
+    os.remove("text.txt")
+    assert "name one with --probe" in refused(capsys, "inspect", "--out", "r")
+    assert gpt.main(["inspect", "--out", "r", "--probe", "To be"]) == 0
+    assert page_data("r/inspect.html")["heads"][0]["worth"] is None and "without what needs the text" in capsys.readouterr().err
+    assert gpt.main(["inspect", "--init", "r", "--probe", "To be", "--out", "elsewhere"]) == 0 and page_data("elsewhere/inspect.html")
+
+def test_ablate_compares_and_goes_on_where_it_was(capsys, monkeypatch):
+    words = ["ablate", "--vary", "n_head=1,2", "--vary", "n-layer=1 tie=true,false", "--seeds", "2", "--out", "a", "--data", "text.txt",
+             *FLAGS, "--steps", "3", "--device", "cpu"]
+    real, done = gpt.train, []
+    def counted(**given):
+        done.append(given["out"])
+        if len(done) == 4:
+            given["on_eval"] = lambda run: run.step == 2 and signal.raise_signal(signal.SIGTERM)
+        return real(**given)
+    monkeypatch.setattr(gpt, "train", counted)
+    assert gpt.main(words) == 143 and len(done) == 4  # stopped in the fourth run
+    assert len(json.loads(Path("a/ablate.json").read_text())["rows"]) == 3
+    capsys.readouterr()
+    assert gpt.main(words) == 0 and len(done) == 4 + 5
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["n_head=1", "n_head=2", "n_layer=1 tie=True", "n_layer=1 tie=False"]
+    assert "±" in table[2] and gpt.main(words) == 0 and len(done) == 9
+    assert "other settings" in refused(capsys, *words[:-4], "--steps", "4")
+    assert "not divisible" in refused(capsys, "ablate", "--vary", "n_head=1,3", "--out", "b") and not Path("b").exists()
+    assert "nothing to vary" in refused(capsys, "ablate", "--out", "b")
+    assert "did you mean --n-head" in refused(capsys, "ablate", "--vary", "n_heads=1,3", "--out", "b")
 
 # --- Weights in and out ----------------------------------------------------------------------------------------------
 # Held against Hugging Face's transformers, where that is installed.
@@ -1200,11 +1346,11 @@ def test_the_readme_commands_run(capsys, monkeypatch):
         words = __import__("shlex").split(line)
         if words[-1] == "--help" or "--init gpt2" in line:  # the one leaves by SystemExit, the other downloads
             continue
-        if words[0] == "train":
+        if words[0] in ("train", "ablate"):
             words = [w for i, w in enumerate(words) if w not in ("--steps", "--minutes", "--size") and (i == 0 or words[i - 1] not in ("--steps", "--minutes", "--size"))]
             out = [] if "--out" in words or "--resume" in words else ["--overwrite"]
             words += ["--device", "cpu", *out] + ([] if {"--resume", "--init"} & set(words) else ["--n-embd", "16", "--n-head", "2", "--block-size", "16",
-                      *(["--n-layer", "1"] if "bigram" not in words else [])]) + ["--steps", "9" if "--resume" in words else "2"]
+                      *(["--n-layer", "1"] if "bigram" not in line else [])]) + ["--steps", "9" if "--resume" in words else "2"]
         elif words[0] == "sample":
             words += ["--tokens", "5"]
         assert gpt.main(words) == 0, (line, capsys.readouterr().err)
