@@ -274,10 +274,13 @@ class BPETokenizer:
             raise Error(f"--vocab-size {vocab_size}: bpe needs at least 257, for 256 bytes and the end of text")
         tiktoken()
         import regex  # comes with tiktoken
-        words = Counter()
+        words, short = Counter(), Counter()
         for text in texts:
             words.update(regex.findall(GPT2_PATTERN, text))
-        words = [(list(piece), n) for word, n in words.items() for piece in re.findall(b"(?s).{1,64}", word.encode())]
+        for word, n in words.items():
+            for piece in re.findall(b"(?s).{1,64}", word.encode()):
+                short[piece] += n
+        words = [(list(piece), n) for piece, n in short.items()]
         pairs, where = Counter(), defaultdict(set)  # how often two tokens are neighbours, and in which words
         def count_pairs(i, sign):
             ids, n = words[i]
@@ -1218,7 +1221,7 @@ def read_checkpoint(path):
         with zipfile.ZipFile(path) as archive:
             if any(item.compress_type for item in archive.infolist()) or archive.testzip():
                 raise ValueError
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
         if checkpoint["format"] > FORMAT:
             raise Error(f"{path}: written by a newer gpt.py (format {checkpoint['format']}, this one reads {FORMAT})")
         return checkpoint

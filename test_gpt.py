@@ -1,6 +1,6 @@
 """Tests of gpt.py and kernels.py: `python -m pytest -q`. Quick, without network, in temporary folders."""
 import ctypes, doctest, gzip, importlib.util, io, itertools, json, math, os, pickle, random, re, shutil, signal, struct
-import subprocess, sys, tempfile, time, types
+import subprocess, sys, tempfile, time, types, zipfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -472,6 +472,27 @@ def test_two_processes_give_the_weights_of_one():
     a, b = weights("one"), weights("two")
     assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
 
+def test_torchrun_restarts_a_run_whose_process_died_from_its_checkpoint():
+    Path("dying.py").write_text("""import os, sys
+sys.path.insert(0, sys.argv.pop(1))
+import gpt
+real = gpt.Run.update
+def update(run):
+    real(run)
+    if run.rank == 1 and run.step == 6 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os._exit(9)
+gpt.Run.update = update
+sys.exit(gpt.main())""", "utf-8")
+    flags = ["--data", "text.txt", *FLAGS, "--steps", "10", "--device", "cpu", "--batch-size", "2", "--save-every", "2", "--overwrite"]
+    def run(out, *words):
+        return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", "--master-port", "29579", *words,
+                               "train", *flags, "--out", out], capture_output=True, text=True, timeout=120)
+    died = run("died", "dying.py", HERE)
+    assert died.returncode == 0, died.stderr
+    assert "lost another one of this run" in died.stderr or "exitcode" in died.stderr
+    assert [step for step, _, _ in losses("died")] == list(range(11))
+    assert run("whole", HERE / "gpt.py").returncode == 0 and equal(weights("died"), weights("whole"))
+
 # --- Checkpoints -----------------------------------------------------------------------------------------------------
 
 class Evil:
@@ -481,19 +502,25 @@ class Evil:
 def test_damaged_and_foreign_checkpoints_are_one_line_and_run_nothing(capsys):
     train(out="r", steps=2)
     good = Path("r/best.pt").read_bytes()
-    generator = torch.Generator().manual_seed(0)
-    damaged = {"cut": good[:len(good) // 2], "empty": b"", "text": b"hello", "pickle": pickle.dumps(Evil())}
-    damaged |= {f"flip{i}": good[:i] + bytes([good[i] ^ 255]) + good[i + 1:] for i in torch.randint(len(good), (15,), generator=generator).tolist()}
-    buffer = io.BytesIO()
-    torch.save({"format": 1, "model": Evil()}, buffer)
-    damaged["evil"] = buffer.getvalue()
+    number, chance = int(os.environ.get("DAMAGED", 40)) // 2, random.Random(0)  # `DAMAGED=300` is the long form
+    damaged = {"empty": b"", "text": b"hello", "pickle": pickle.dumps(Evil())}
+    damaged |= {f"cut{i}": good[:i] for i in chance.sample(range(len(good)), number)}
+    for i in chance.sample(range(len(good)), number):
+        damaged[f"flip{i}"] = good[:i] + bytes([good[i] ^ chance.randrange(1, 256)]) + good[i + chance.choice((0, 1, 2)):]
+    for name, write in {"evil": lambda file: torch.save({"format": 1, "model": Evil()}, file),
+                        "old evil": lambda file: torch.save({"format": 1, "model": Evil()}, file, _use_new_zipfile_serialization=False),
+                        "foreign": lambda file: zipfile.ZipFile(file, "w").writestr("word/document.xml", "<w/>"),
+                        "bomb": lambda file: zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED).writestr("data.pkl", bytes(1 << 26)),
+                        "tensor": lambda file: torch.save(torch.zeros(3), file), "list": lambda file: torch.save([1], file)}.items():
+        write(buffer := io.BytesIO())
+        damaged[name] = buffer.getvalue()
     for name, data in damaged.items():
         Path("x.pt").write_bytes(data)
         try:
             assert equal(gpt.load_model("x.pt")[0].state_dict(), weights("r", "best.pt")), name  # a byte that does not matter
         except gpt.Error as e:
             assert "x.pt" in str(e) and "\n" not in str(e)
-    assert not Path("evil").exists()
+    assert not Path("evil").exists() and len(damaged) > 2 * number
     state = gpt.read_checkpoint(Path("r/best.pt"))
     torch.save(state | {"format": 99}, "new.pt")
     assert "newer" in refused(capsys, "sample", "--init", "new.pt")
@@ -519,6 +546,23 @@ def test_saving_that_fails_leaves_the_old_checkpoint_and_training_goes_on(monkey
     assert train(save_every=3, eval_every=6)["step"] == 6
     assert "MB are free); training" in capsys.readouterr().err.replace("free; training", "free); training")
     assert not list(Path("out").glob("*.tmp")) and gpt.read_checkpoint(Path("out/ckpt.pt"))["step"] == 6
+
+def test_a_disk_without_room_ends_in_one_line_and_keeps_what_was_there():
+    """A limit on the size of files stands in for a full disk; beyond it writes fail, in the middle of a file."""
+    limited = "import resource, sys; sys.path.insert(0, sys.argv.pop(1)); resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2); import gpt; sys.exit(gpt.main())"
+    def run(limit, *words):
+        done = subprocess.run([sys.executable, "-c", limited, HERE, str(limit), *words], capture_output=True, text=True)
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.returncode, done.stderr
+    code, err = run(1000, "train", "--data", "text.txt", *FLAGS, "--steps", "2")  # no room for the tokens
+    assert code == 1 and "cannot be written: File too large" in err and not list(Path("cache").glob("*.bin*"))
+    train(out="r")
+    kept = weights("r")
+    size = os.path.getsize("r/ckpt.pt")
+    code, err = run(size - 1000, "train", "--resume", "--out", "r", "--steps", "9", "--save-every", "1")
+    assert code == 1 and "training goes on" in err and "last checkpoint could not be saved" in err and "MB are free" in err
+    assert equal(weights("r"), kept) and not list(Path("r").glob("*.tmp"))
+    assert gpt.train(resume=True, out="r", steps=9)["step"] == 9
 
 def test_a_checkpoint_is_plain_and_names_no_wrapper():
     train(compile="off")
@@ -1260,6 +1304,21 @@ def test_ascii_terminals_and_odd_paths_are_fine():
     code, out, err = command("sample", "--out", folder / "out", "--tokens", "20", **plain)
     assert code == 0 and "?" in out, err
 
+@pytest.mark.parametrize("text, code", [
+    (b"", 2), (b"a", 2), (b"a b", 0), (b"\n" * 50, 0), (b"a\0b\0" * 20, 0), (b"\xef\xbb\xbfabc" * 9, 0), (b"a\r\nb\r\n" * 30, 0),
+    ("漢字かな交じり文。".encode() * 30, 0), ("🙂🏳️‍🌈👩‍👩‍👧".encode() * 20, 0), (b"x" * 10_000_000, 0), (b"fine, then \xe2\x82", 2), (b"\xff\xfea\0", 2)])
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+def test_any_text_trains_and_samples_or_is_refused_in_one_line(text, code, tokenizer, capsys):
+    Path("t.txt").write_bytes(text)
+    words = ["--device", "cpu", "--out", "t"]
+    assert gpt.main(["train", "--data", "t.txt", *FLAGS, "--steps", "2", "--tokenizer", tokenizer, *(["--vocab-size", "260"] if tokenizer == "bpe" else []), *words]) == code
+    error = capsys.readouterr().err
+    if code:
+        assert error.count("error:") == 1 and "t.txt" in error and not list(Path("t").glob("*.pt"))
+    else:
+        for prompt in ("", "a", "\ud800 lone", "\n", "漢"):
+            assert gpt.main(["sample", "--tokens", "20", "--prompt", prompt, *words]) == 0
+
 def test_an_interrupted_process_saves_and_says_how_to_go_on(tmp_path):
     process = subprocess.Popen([sys.executable, HERE / "gpt.py", "train", "--data", "text.txt", *FLAGS, "--steps", "1000000"],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -1270,23 +1329,26 @@ def test_an_interrupted_process_saves_and_says_how_to_go_on(tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143 and "--resume" in err and gpt.read_checkpoint(Path("out/ckpt.pt"))["step"] > 0
 
+SLOW_DISK = """import os, sys, time; sys.path.insert(0, sys.argv.pop(1)); import gpt; write = os.fsync
+os.fsync = lambda file: (time.sleep(0.05), write(file)); sys.exit(gpt.main())"""
+
 def test_killed_at_any_moment_a_run_can_go_on():
-    train(out="whole", steps=60, save_every=1, eval_every=60)
-    words = ["train", "--data", "text.txt", *FLAGS, "--steps", "60", "--save-every", "1", "--eval-every", "60", "--out", "killed", "--device", "cpu"]
-    for attempt in range(6):
-        if Path("killed/ckpt.pt").exists() or Path("killed/ckpt.prev.pt").exists():
-            words = ["train", "--resume", "--out", "killed"]
-        process = subprocess.Popen([sys.executable, HERE / "gpt.py", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        if attempt == 5:
-            assert "Traceback" not in process.communicate(timeout=120)[1] and process.returncode == 0
-        else:
-            while line := process.stdout.readline():
-                if "a loss of" in line:
-                    break
-            time.sleep(0.1 + 0.13 * attempt)
+    """SIGKILL at random moments, most of them while a checkpoint is written to a slow disk. `KILLS=50` is the long form."""
+    kills, chance = int(os.environ.get("KILLS", 5)), random.Random(5)
+    flags = ["--data", "text.txt", *FLAGS, "--steps", str(40 * kills), "--save-every", "1", "--eval-every", "50", "--device", "cpu", "--dropout", "0.1"]
+    for kill in range(kills + 1):
+        held = any(Path("killed", name).exists() for name in ("ckpt.pt", "ckpt.prev.pt"))
+        words = ["train", "--out", "killed", *(["--resume"] if held else [*flags, "--overwrite"])]
+        process = subprocess.Popen([sys.executable, "-c", SLOW_DISK, HERE, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if kill < kills:
+            while "a loss of" not in (line := process.stdout.readline()):
+                assert line, process.stderr.read()
+            time.sleep(chance.uniform(0.1, 2))
             process.kill()
             process.communicate()
-    assert equal(weights("killed"), weights("whole"))
+    assert "Traceback" not in (err := process.communicate(timeout=300)[1]) and process.returncode == 0, err
+    assert gpt.main(["train", "--out", "whole", *flags]) == 0
+    assert equal(weights("killed"), weights("whole")) and losses("killed") == losses("whole")
 
 def test_a_closed_stdout_ends_nothing_in_a_traceback(trained):
     for words in (["sample", "--out", trained, "--tokens", "300"], ["train", "--data", "text.txt", *FLAGS, "--steps", "20"]):
