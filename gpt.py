@@ -18,11 +18,14 @@ The default model differs from GPT-2 in what has proved itself since, and `--arc
   - keys and values may have fewer heads than queries (GQA)
   - the head has weights of its own, and starts, like every block's output, at zero
   - hidden matrices are trained by Muon, everything else by AdamW
+
+The GPT:          Settings, Tokenizers, Model, Data, Training, Sampling. Here a reader may stop.
+What is under it: Text into tokens, Checkpoints. Around it: Looking inside, Weights in and out, Command line.
 """
 import time
 LOADED = time.monotonic()  # `--minutes` counts from here, so that the seconds it takes to load torch are included
-import argparse, atexit, base64, codecs, contextlib, ctypes, difflib, functools, glob, gzip, hashlib, html, io, itertools
-import json, math, os, re, shlex, shutil, signal, sys, tempfile, threading, unicodedata, warnings, zipfile, zlib
+import argparse, atexit, base64, codecs, contextlib, ctypes, difflib, functools, glob, gzip, hashlib, html, io
+import itertools, json, math, os, re, shlex, shutil, signal, sys, tempfile, threading, unicodedata, warnings, zipfile, zlib
 from array import array
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, fields
@@ -555,196 +558,8 @@ def count(model):
     return sum(p.numel() for p in model.parameters())
 
 # --- Data ------------------------------------------------------------------------------------------------------------
-# Text is read in pieces, cut into tokens once, and kept on disk as whole numbers, from where it is mapped into memory.
-
-SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-
-def cache_folder():
-    """$GPT_CACHE, else ~/.cache/gpt, else, where that cannot be written, a folder for this process alone."""
-    folder = Path(os.environ.get("GPT_CACHE") or Path.home() / ".cache" / "gpt")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-        return folder
-    except OSError as e:
-        return temporary_folder(f"{folder}: {e.strerror}")
-
-@functools.cache
-def temporary_folder(reason):
-    folder = Path(tempfile.mkdtemp(prefix="gpt-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    notice(f"{reason}; tokens are kept in {folder} until this program ends")
-    return folder
-
-def download(url, sha256=None, path=None):
-    """Fetch an address into the cache folder, once; progress on stderr."""
-    instead = f"put the file there yourself: {path}" if path else "with a file of your own: --data FILE"
-    path = path or cache_folder() / (hashlib.sha256(url.encode()).hexdigest()[:16] + "-" + Path(url.split("?")[0]).name)
-    if not path.exists():
-        notice(f"downloading {url}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
-        except (OSError, ValueError) as e:
-            raise Error(f"could not download {url} ({e}); {instead}") from None
-    if sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        path.unlink()
-        raise Error(f"what {url} sent is not the file that was expected; try again, or use --data FILE")
-    return path
-
-def find_files(data):
-    """The files that --data names, in the order given; folders and globs sorted."""
-    found = []
-    for name in data:
-        if re.match(r"https?://", name):
-            found.append(download(name))
-        elif os.path.isdir(name):
-            inside = sorted(p for p in Path(name).rglob("*") if re.search(r"\.(txt|jsonl)(\.gz)?$", p.name))
-            if not inside:
-                raise Error(f"{name}: no .txt or .jsonl file (or .gz of one) in this folder")
-            found += inside
-        elif os.path.exists(name):
-            found.append(Path(name))
-        elif matches := sorted(p for p in glob.glob(name, recursive=True) if os.path.isfile(p)):
-            found += map(Path, matches)
-        elif name == "input.txt" and "__file__" in globals() and (beside := Path(__file__).with_name(name)).exists():
-            found.append(beside)
-        elif name == "input.txt":
-            notice("there is no input.txt here: using Tiny Shakespeare instead")
-            found.append(download(SHAKESPEARE, SHAKESPEARE_SHA256))
-        else:
-            raise Error(f"{name}: no such file, and no file matches it")
-    return found
-
-@contextlib.contextmanager
-def reading(path):
-    """What can go wrong in reading a file, in one line."""
-    try:
-        yield
-    except (OSError, EOFError, zlib.error) as e:
-        raise Error(f"{path}: {getattr(e, 'strerror', None) or e}") from None
-    except UnicodeDecodeError as e:
-        raise Error(f"{path}: not UTF-8 text (byte {e.start})") from None
-
-def documents(path, size):
-    """Each document of a file as an iterator over blocks of text: a .txt is one, a .jsonl line has one as `text`."""
-    with reading(path), gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-        if ".jsonl" not in path.suffixes:
-            yield blocks(file, path, size)
-            return
-        for number, line in enumerate(file, 1):
-            try:
-                yield [json.loads(line)["text"] + ""]
-            except (ValueError, KeyError, TypeError):
-                if line.strip():
-                    raise Error(f"{path}: line {number} is not a JSON object with a `text`") from None
-
-def blocks(file, path, size):
-    """The text of a UTF-8 file, `size` bytes at a time; part of a character at a block's end waits for the next."""
-    decoder, offset, block = codecs.getincrementaldecoder("utf-8")(), 0, None
-    while block != b"":
-        with reading(path):
-            block, waiting = file.read(size), len(decoder.getstate()[0])
-            try:
-                text = decoder.decode(block, final=not block)
-            except UnicodeDecodeError as e:
-                e.start += offset - waiting
-                raise
-        yield text.removeprefix("\ufeff") if offset == 0 else text  # a byte-order mark is not text
-        offset += len(block)
-
-def pieces(paths, size=1 << 20):
-    """The text in pieces of about `size` characters, and None between documents. A piece ends only after a newline
-    between two characters that are not space, where no tokenizer here joins anything."""
-    first = True
-    for document in itertools.chain.from_iterable(documents(path, size) for path in paths):
-        if not first:
-            yield None
-        first, buffer = False, ""
-        for text in document:
-            buffer += text
-            cut = len(buffer) - 1 if len(buffer) >= size else 0
-            while cut > 1 and (buffer[cut - 1] != "\n" or buffer[cut].isspace() or buffer[cut - 2].isspace()):
-                cut = buffer.rfind("\n", 0, cut - 1) + 1
-            if cut > 1:
-                yield buffer[:cut]
-                buffer = buffer[cut:]
-        if buffer:
-            yield buffer
-
-def load_tokens(data, tokenizer="char", vocab_size=0):
-    """Tokenise files, or find that it was done before -> (tokens (N,) uint16 or uint32, tokenizer, checksum of tokens).
-    `tokenizer` is a tokenizer, or the kind of one to train or load; vocab_size is for bpe."""
-    paths, digest = find_files(data), hashlib.sha256(b"1")  # the number changes with the format of the cache
-    for path in paths:
-        digest.update(f"|{path.suffixes[-2:]}|".encode())
-        with reading(path), open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    def remembered(key, make):  # -> (a dict, a file for its tokens): as kept under a key, or else made, and kept
-        path = cache_folder() / (hashlib.sha256(digest.digest() + key.encode()).hexdigest()[:32] + ".json")
-        binary = path.with_suffix(".bin")
-        try:
-            value = json.loads(path.read_text("utf-8"))
-            if value.get("bytes", 0) == (binary.stat().st_size if "bytes" in value else 0):
-                return value, binary
-        except (OSError, ValueError):
-            pass
-        value = make(binary)
-        write_whole(path, [json.dumps(value).encode()])
-        return value, binary
-    if isinstance(tokenizer, str):
-        kind, texts = tokenizer, (text for text in pieces(paths) if text is not None)
-        state, _ = remembered(f"{kind} {vocab_size}", lambda _: make_tokenizer(kind, texts, vocab_size).state())
-        tokenizer = tokenizer_from(state)
-    dtype = torch.uint16 if len(tokenizer.tokens) <= 1 << 16 else torch.uint32
-    about, binary = remembered(json.dumps(tokenizer.state()), lambda binary: tokenise(paths, tokenizer, binary, dtype))
-    if about["count"] < 2:
-        raise Error(f"{', '.join(map(str, paths))}: too little text ({about['count']} tokens; two at least)")
-    return torch.from_file(str(binary), shared=False, size=about["count"], dtype=dtype), tokenizer, about["sha256"]
-
-def make_tokenizer(kind, texts, vocab_size):
-    if kind == "char":
-        return CharTokenizer.train(texts)
-    return BPETokenizer.gpt2() if kind == "gpt2" else BPETokenizer.train(texts, vocab_size or 1024)
-
-def tokenise(paths, tokenizer, path, dtype):
-    """Write the tokens of `paths` into the file `path`; returns what to remember of them."""
-    about, shown = {"count": 0}, time.monotonic()
-    digest = hashlib.sha256()
-    def raw_ids():
-        nonlocal shown
-        stream = pieces(paths)
-        between = torch.tensor([] if tokenizer.eot is None else [tokenizer.eot], dtype=torch.int32)
-        while batch := list(itertools.islice(stream, 2 * os.cpu_count())):
-            encoded = iter(tokenizer.encode_batch([text for text in batch if text is not None]))
-            ids = torch.cat([between if text is None else next(encoded) for text in batch])
-            raw = bytearray(dtype.itemsize * len(ids))
-            if len(ids):
-                torch.frombuffer(raw, dtype=dtype).copy_(ids)
-            digest.update(raw)
-            about["count"] += len(ids)
-            yield raw
-            if time.monotonic() - shown > 2:
-                shown = time.monotonic()
-                notice(f"tokenising: {about['count'] / 1e6:.0f} million tokens so far")
-    write_whole(path, raw_ids())
-    return about | {"bytes": about["count"] * dtype.itemsize, "sha256": digest.hexdigest()}
-
-def write_whole(path, blocks):
-    """A file that is there whole or not at all: written under another name, put on the disk, and renamed."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.writelines(blocks)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as e:
-        raise Error(f"{path} cannot be written: {e.strerror}", 1) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+# A text is one long row of tokens on the disk; section Text into tokens makes it. A step of training looks at windows
+# of it at random places, an evaluation at all of it, window by window.
 
 def split(tokens):
     """The first nine tenths train, the rest validates; too little text to validate on gives an empty second part."""
@@ -1150,6 +965,332 @@ class Run:
         return {"step": self.step, **self.last, "val_loss": self.history[-1][1] if self.history else None,
                 "seconds": self.seconds(), "signal": self.signal}
 
+# --- Sampling --------------------------------------------------------------------------------------------------------
+# Ask the model for the distribution of the next token, draw one from it, append it, and ask again.
+
+def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Draw (B,) ids from logits (B, V). On the CPU in float32, so that every device draws the same from the same."""
+    logits = logits.float().cpu()
+    if not logits.isfinite().all():
+        raise Error("the model's logits are not finite: trained too fast, or half precision is too coarse for it", 1)
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits, V = logits / temperature, logits.size(-1)
+    top_k = top_k if top_k < V else 0
+    if not top_k and top_p >= 1:
+        return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+    values, ids = logits.topk(top_k or min(V, 1024), dim=-1)  # likeliest first
+    probs = (values - (values if top_k else logits).logsumexp(dim=-1, keepdim=True)).exp()
+    if not top_k and probs.sum(dim=-1).min() < top_p:  # rare, and slow for a large vocabulary: sort all of it
+        values, ids = logits.sort(dim=-1, descending=True)
+        probs = values.softmax(dim=-1)
+    probs[probs.cumsum(dim=-1) - probs >= top_p] = 0.0  # top-p: a token stays if those before it have less than p
+    return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+
+@torch.inference_mode()
+def generate(model, idx, tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, use_cache=True):
+    """Continue idx (B, T) by up to `tokens` tokens, yielding each as ids (B,) on the CPU. When a new token finds the
+    context full, the newest block_size // 2 tokens become the context, with a cache or without."""
+    block_size = model.config.block_size
+    idx = new = idx[:, -block_size:]
+    cache = model.new_cache(len(idx)) if use_cache else None
+    for _ in range(tokens):
+        logits, _ = model(new if use_cache else idx, cache=cache, last=True)  # (B, 1, V)
+        ids = sample_next(logits[:, -1], temperature, top_k, top_p, generator)
+        yield ids
+        new = ids[:, None].to(idx.device)
+        idx = torch.cat((idx, new), dim=1)
+        if idx.size(1) > block_size:
+            idx = new = idx[:, -max(1, block_size // 2):]
+            if use_cache:
+                cache.length = 0
+
+def stream_text(tokenizer, ids, stop=""):
+    """Ids one by one -> text piece by piece: never half a character, nothing of `stop` nor after it."""
+    decoder, held = codecs.getincrementaldecoder("utf-8")("replace"), ""
+    for i in itertools.chain(ids, [None]):
+        held += decoder.decode(tokenizer.tokens[i]) if i is not None else decoder.decode(b"", final=True)
+        if stop and stop in held:
+            yield held[:held.index(stop)]
+            return
+        begun = next(n for n in range(len(stop), -1, -1) if held.endswith(stop[:n])) if i is not None else 0
+        yield held[:len(held) - begun]  # what may be the beginning of `stop` waits for the next token
+        held = held[len(held) - begun:]
+
+def sample(**given):
+    """Generate text: prints it as it comes, and returns the list of texts, each with its prompt. Keyword arguments are
+    the flags of `python gpt.py sample`."""
+    s = Sampling(**check(given, Sampling))
+    if not 0 < s.top_p <= 1:
+        raise Error(f"--top-p {s.top_p} must be above 0 and at most 1")
+    model, tokenizer = open_model(s)
+    prompt, ids = read_prompt(s.prompt, tokenizer)
+    if len(ids) > model.config.block_size:
+        notice(f"the prompt has {len(ids)} tokens; the model sees the newest {model.config.block_size}")
+    ids = ids if len(ids) else first_token(tokenizer)
+    idx = ids.long().expand(s.num, -1).to(next(model.parameters()).device)
+    made, begun, generator = 0, time.monotonic(), torch.Generator().manual_seed(s.seed)
+    def rows():
+        nonlocal made
+        ended = torch.zeros(s.num, dtype=torch.bool)
+        for row in generate(model, idx, s.tokens, s.temperature, s.top_k, s.top_p, generator, s.cache):
+            made += s.num
+            ended |= row == (-1 if tokenizer.eot is None else tokenizer.eot)
+            if ended.all():
+                return
+            yield row.tolist()
+    columns = [(row[0] for row in rows())] if s.num == 1 else list(zip(*rows())) or [()] * s.num
+    texts = []
+    for n, column in enumerate(columns):
+        texts.append(prompt)
+        say("---\n" * (n > 0) + prompt, end="")
+        for text in stream_text(tokenizer, itertools.takewhile(lambda i: i != tokenizer.eot, column), s.stop):
+            say(text, end="")
+            texts[-1] += text
+        say("")
+    notice(f"{made / max(1e-9, time.monotonic() - begun):,.0f} tokens/s")
+    return texts
+
+def first_token(tokenizer):
+    """What a text without a prompt begins with, as a document does, or a line: ids (1,)."""
+    return torch.tensor([tokenizer.eot if tokenizer.eot is not None else max(0, tokenizer.chars.find("\n"))])
+
+def read_prompt(prompt, tokenizer):
+    """--prompt -> (text, ids (T,)). What the vocabulary lacks is named and left out."""
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    elif prompt.startswith("@"):
+        with reading(prompt[1:]):
+            prompt = Path(prompt[1:]).read_text("utf-8")
+    prompt = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if unknown := tokenizer.unknown(prompt):
+        notice(f"left out of the prompt, for the model has never seen them: {unknown}")
+        prompt = "".join(c for c in prompt if c in tokenizer.chars)
+    return prompt, tokenizer.encode(prompt, special=True)
+
+def open_model(s):
+    """The model that --init or --out names -> (model, tokenizer), on its device and in its precision."""
+    device = pick_device(s.device)
+    model, tokenizer = load_model(s.init) if s.init else from_checkpoint(load_run(Path(s.out)), s.out)
+    need_tokenizer(tokenizer, s.init)
+    dtype, _ = pick_dtype(s.dtype, device)
+    model.to(device, dtype)
+    use_attention(model, s.attention, dtype)
+    return model, tokenizer
+
+def evaluate(**given):
+    """Loss of a model over a text, each token predicted once -> dict. Keyword arguments are the flags of `eval`."""
+    s = Evaluation(**check(given, Evaluation))
+    model, tokenizer = open_model(s)
+    if not s.data and s.init:
+        raise Error("eval --init needs --data")
+    data = s.data or load_run(Path(s.out))["settings"]["training"]["data"]
+    tokens = load_tokens(data, tokenizer)[0]
+    tokens = tokens if s.data else split(tokens)[1]
+    if len(tokens) < 2:
+        raise Error("fewer than two tokens to evaluate on")
+    loss, counted = mean_loss(model, tokens, s.stride, s.batch_size)
+    lengths = torch.tensor([len(token) * (i != tokenizer.eot) for i, token in enumerate(tokenizer.tokens)])
+    count_bytes = sum(int(lengths[part.long()].sum()) for part in tokens[1:].split(1 << 20))
+    result = {"loss": loss, "perplexity": math.exp(min(loss, 700)),
+              "bits_per_byte": loss * counted / math.log(2) / max(1, count_bytes), "tokens": counted,
+              "stride": min(s.stride or math.inf, model.config.block_size)}
+    say(json.dumps(result) if s.json else f"loss {loss:.4f} nats, perplexity {result['perplexity']:.3f}, "
+        f"{result['bits_per_byte']:.4f} bits per byte ({counted:,} tokens, stride {result['stride']})")
+    return result
+
+# --- Text into tokens ------------------------------------------------------------------------------------------------
+# Text is read in pieces, cut into tokens once, and kept on disk as whole numbers, from where it is mapped into memory.
+
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+def cache_folder():
+    """$GPT_CACHE, else ~/.cache/gpt, else, where that cannot be written, a folder for this process alone."""
+    folder = Path(os.environ.get("GPT_CACHE") or Path.home() / ".cache" / "gpt")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        return folder
+    except OSError as e:
+        return temporary_folder(f"{folder}: {e.strerror}")
+
+@functools.cache
+def temporary_folder(reason):
+    folder = Path(tempfile.mkdtemp(prefix="gpt-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    notice(f"{reason}; tokens are kept in {folder} until this program ends")
+    return folder
+
+def download(url, sha256=None, path=None):
+    """Fetch an address into the cache folder, once; progress on stderr."""
+    instead = f"put the file there yourself: {path}" if path else "with a file of your own: --data FILE"
+    path = path or cache_folder() / (hashlib.sha256(url.encode()).hexdigest()[:16] + "-" + Path(url.split("?")[0]).name)
+    if not path.exists():
+        notice(f"downloading {url}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+        except (OSError, ValueError) as e:
+            raise Error(f"could not download {url} ({e}); {instead}") from None
+    if sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        path.unlink()
+        raise Error(f"what {url} sent is not the file that was expected; try again, or use --data FILE")
+    return path
+
+def find_files(data):
+    """The files that --data names, in the order given; folders and globs sorted."""
+    found = []
+    for name in data:
+        if re.match(r"https?://", name):
+            found.append(download(name))
+        elif os.path.isdir(name):
+            inside = sorted(p for p in Path(name).rglob("*") if re.search(r"\.(txt|jsonl)(\.gz)?$", p.name))
+            if not inside:
+                raise Error(f"{name}: no .txt or .jsonl file (or .gz of one) in this folder")
+            found += inside
+        elif os.path.exists(name):
+            found.append(Path(name))
+        elif matches := sorted(p for p in glob.glob(name, recursive=True) if os.path.isfile(p)):
+            found += map(Path, matches)
+        elif name == "input.txt" and "__file__" in globals() and (beside := Path(__file__).with_name(name)).exists():
+            found.append(beside)
+        elif name == "input.txt":
+            notice("there is no input.txt here: using Tiny Shakespeare instead")
+            found.append(download(SHAKESPEARE, SHAKESPEARE_SHA256))
+        else:
+            raise Error(f"{name}: no such file, and no file matches it")
+    return found
+
+@contextlib.contextmanager
+def reading(path):
+    """What can go wrong in reading a file, in one line."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as e:
+        raise Error(f"{path}: {getattr(e, 'strerror', None) or e}") from None
+    except UnicodeDecodeError as e:
+        raise Error(f"{path}: not UTF-8 text (byte {e.start})") from None
+
+def documents(path, size):
+    """Each document of a file as an iterator over blocks of text: a .txt is one, a .jsonl line has one as `text`."""
+    with reading(path), gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        if ".jsonl" not in path.suffixes:
+            yield blocks(file, path, size)
+            return
+        for number, line in enumerate(file, 1):
+            try:
+                yield [json.loads(line)["text"] + ""]
+            except (ValueError, KeyError, TypeError):
+                if line.strip():
+                    raise Error(f"{path}: line {number} is not a JSON object with a `text`") from None
+
+def blocks(file, path, size):
+    """The text of a UTF-8 file, `size` bytes at a time; part of a character at a block's end waits for the next."""
+    decoder, offset, block = codecs.getincrementaldecoder("utf-8")(), 0, None
+    while block != b"":
+        with reading(path):
+            block, waiting = file.read(size), len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as e:
+                e.start += offset - waiting
+                raise
+        yield text.removeprefix("\ufeff") if offset == 0 else text  # a byte-order mark is not text
+        offset += len(block)
+
+def pieces(paths, size=1 << 20):
+    """The text in pieces of about `size` characters, and None between documents. A piece ends only after a newline
+    between two characters that are not space, where no tokenizer here joins anything."""
+    first = True
+    for document in itertools.chain.from_iterable(documents(path, size) for path in paths):
+        if not first:
+            yield None
+        first, buffer = False, ""
+        for text in document:
+            buffer += text
+            cut = len(buffer) - 1 if len(buffer) >= size else 0
+            while cut > 1 and (buffer[cut - 1] != "\n" or buffer[cut].isspace() or buffer[cut - 2].isspace()):
+                cut = buffer.rfind("\n", 0, cut - 1) + 1
+            if cut > 1:
+                yield buffer[:cut]
+                buffer = buffer[cut:]
+        if buffer:
+            yield buffer
+
+def load_tokens(data, tokenizer="char", vocab_size=0):
+    """Tokenise files, or find that it was done before -> (tokens (N,) uint16 or uint32, tokenizer, checksum of tokens).
+    `tokenizer` is a tokenizer, or the kind of one to train or load; vocab_size is for bpe."""
+    paths, digest = find_files(data), hashlib.sha256(b"1")  # the number changes with the format of the cache
+    for path in paths:
+        digest.update(f"|{path.suffixes[-2:]}|".encode())
+        with reading(path), open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    def remembered(key, make):  # -> (a dict, a file for its tokens): as kept under a key, or else made, and kept
+        path = cache_folder() / (hashlib.sha256(digest.digest() + key.encode()).hexdigest()[:32] + ".json")
+        binary = path.with_suffix(".bin")
+        try:
+            value = json.loads(path.read_text("utf-8"))
+            if value.get("bytes", 0) == (binary.stat().st_size if "bytes" in value else 0):
+                return value, binary
+        except (OSError, ValueError):
+            pass
+        value = make(binary)
+        write_whole(path, [json.dumps(value).encode()])
+        return value, binary
+    if isinstance(tokenizer, str):
+        kind, texts = tokenizer, (text for text in pieces(paths) if text is not None)
+        state, _ = remembered(f"{kind} {vocab_size}", lambda _: make_tokenizer(kind, texts, vocab_size).state())
+        tokenizer = tokenizer_from(state)
+    dtype = torch.uint16 if len(tokenizer.tokens) <= 1 << 16 else torch.uint32
+    about, binary = remembered(json.dumps(tokenizer.state()), lambda binary: tokenise(paths, tokenizer, binary, dtype))
+    if about["count"] < 2:
+        raise Error(f"{', '.join(map(str, paths))}: too little text ({about['count']} tokens; two at least)")
+    return torch.from_file(str(binary), shared=False, size=about["count"], dtype=dtype), tokenizer, about["sha256"]
+
+def make_tokenizer(kind, texts, vocab_size):
+    if kind == "char":
+        return CharTokenizer.train(texts)
+    return BPETokenizer.gpt2() if kind == "gpt2" else BPETokenizer.train(texts, vocab_size or 1024)
+
+def tokenise(paths, tokenizer, path, dtype):
+    """Write the tokens of `paths` into the file `path`; returns what to remember of them."""
+    about, shown = {"count": 0}, time.monotonic()
+    digest = hashlib.sha256()
+    def raw_ids():
+        nonlocal shown
+        stream = pieces(paths)
+        between = torch.tensor([] if tokenizer.eot is None else [tokenizer.eot], dtype=torch.int32)
+        while batch := list(itertools.islice(stream, 2 * os.cpu_count())):
+            encoded = iter(tokenizer.encode_batch([text for text in batch if text is not None]))
+            ids = torch.cat([between if text is None else next(encoded) for text in batch])
+            raw = bytearray(dtype.itemsize * len(ids))
+            if len(ids):
+                torch.frombuffer(raw, dtype=dtype).copy_(ids)
+            digest.update(raw)
+            about["count"] += len(ids)
+            yield raw
+            if time.monotonic() - shown > 2:
+                shown = time.monotonic()
+                notice(f"tokenising: {about['count'] / 1e6:.0f} million tokens so far")
+    write_whole(path, raw_ids())
+    return about | {"bytes": about["count"] * dtype.itemsize, "sha256": digest.hexdigest()}
+
+def write_whole(path, blocks):
+    """A file that is there whole or not at all: written under another name, put on the disk, and renamed."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.writelines(blocks)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        raise Error(f"{path} cannot be written: {e.strerror}", 1) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
 # --- Checkpoints -----------------------------------------------------------------------------------------------------
 # A dict of tensors and plain values: no code runs when it is opened, and it opens on any device.
 
@@ -1318,140 +1459,6 @@ def memory_mb(device):
         return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3))
     except ImportError:
         return None
-
-# --- Sampling --------------------------------------------------------------------------------------------------------
-# Ask the model for the distribution of the next token, draw one from it, append it, and ask again.
-
-def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Draw (B,) ids from logits (B, V). On the CPU in float32, so that every device draws the same from the same."""
-    logits = logits.float().cpu()
-    if not logits.isfinite().all():
-        raise Error("the model's logits are not finite: trained too fast, or half precision is too coarse for it", 1)
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits, V = logits / temperature, logits.size(-1)
-    top_k = top_k if top_k < V else 0
-    if not top_k and top_p >= 1:
-        return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
-    values, ids = logits.topk(top_k or min(V, 1024), dim=-1)  # likeliest first
-    probs = (values - (values if top_k else logits).logsumexp(dim=-1, keepdim=True)).exp()
-    if not top_k and probs.sum(dim=-1).min() < top_p:  # rare, and slow for a large vocabulary: sort all of it
-        values, ids = logits.sort(dim=-1, descending=True)
-        probs = values.softmax(dim=-1)
-    probs[probs.cumsum(dim=-1) - probs >= top_p] = 0.0  # top-p: a token stays if those before it have less than p
-    return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
-
-@torch.inference_mode()
-def generate(model, idx, tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, use_cache=True):
-    """Continue idx (B, T) by up to `tokens` tokens, yielding each as ids (B,) on the CPU. When a new token finds the
-    context full, the newest block_size // 2 tokens become the context, with a cache or without."""
-    block_size = model.config.block_size
-    idx = new = idx[:, -block_size:]
-    cache = model.new_cache(len(idx)) if use_cache else None
-    for _ in range(tokens):
-        logits, _ = model(new if use_cache else idx, cache=cache, last=True)  # (B, 1, V)
-        ids = sample_next(logits[:, -1], temperature, top_k, top_p, generator)
-        yield ids
-        new = ids[:, None].to(idx.device)
-        idx = torch.cat((idx, new), dim=1)
-        if idx.size(1) > block_size:
-            idx = new = idx[:, -max(1, block_size // 2):]
-            if use_cache:
-                cache.length = 0
-
-def stream_text(tokenizer, ids, stop=""):
-    """Ids one by one -> text piece by piece: never half a character, nothing of `stop` nor after it."""
-    decoder, held = codecs.getincrementaldecoder("utf-8")("replace"), ""
-    for i in itertools.chain(ids, [None]):
-        held += decoder.decode(tokenizer.tokens[i]) if i is not None else decoder.decode(b"", final=True)
-        if stop and stop in held:
-            yield held[:held.index(stop)]
-            return
-        begun = next(n for n in range(len(stop), -1, -1) if held.endswith(stop[:n])) if i is not None else 0
-        yield held[:len(held) - begun]  # what may be the beginning of `stop` waits for the next token
-        held = held[len(held) - begun:]
-
-def sample(**given):
-    """Generate text: prints it as it comes, and returns the list of texts, each with its prompt. Keyword arguments are
-    the flags of `python gpt.py sample`."""
-    s = Sampling(**check(given, Sampling))
-    if not 0 < s.top_p <= 1:
-        raise Error(f"--top-p {s.top_p} must be above 0 and at most 1")
-    model, tokenizer = open_model(s)
-    prompt, ids = read_prompt(s.prompt, tokenizer)
-    if len(ids) > model.config.block_size:
-        notice(f"the prompt has {len(ids)} tokens; the model sees the newest {model.config.block_size}")
-    ids = ids if len(ids) else first_token(tokenizer)
-    idx = ids.long().expand(s.num, -1).to(next(model.parameters()).device)
-    made, begun, generator = 0, time.monotonic(), torch.Generator().manual_seed(s.seed)
-    def rows():
-        nonlocal made
-        ended = torch.zeros(s.num, dtype=torch.bool)
-        for row in generate(model, idx, s.tokens, s.temperature, s.top_k, s.top_p, generator, s.cache):
-            made += s.num
-            ended |= row == (-1 if tokenizer.eot is None else tokenizer.eot)
-            if ended.all():
-                return
-            yield row.tolist()
-    columns = [(row[0] for row in rows())] if s.num == 1 else list(zip(*rows())) or [()] * s.num
-    texts = []
-    for n, column in enumerate(columns):
-        texts.append(prompt)
-        say("---\n" * (n > 0) + prompt, end="")
-        for text in stream_text(tokenizer, itertools.takewhile(lambda i: i != tokenizer.eot, column), s.stop):
-            say(text, end="")
-            texts[-1] += text
-        say("")
-    notice(f"{made / max(1e-9, time.monotonic() - begun):,.0f} tokens/s")
-    return texts
-
-def first_token(tokenizer):
-    """What a text without a prompt begins with, as a document does, or a line: ids (1,)."""
-    return torch.tensor([tokenizer.eot if tokenizer.eot is not None else max(0, tokenizer.chars.find("\n"))])
-
-def read_prompt(prompt, tokenizer):
-    """--prompt -> (text, ids (T,)). What the vocabulary lacks is named and left out."""
-    if prompt == "-":
-        prompt = sys.stdin.read()
-    elif prompt.startswith("@"):
-        with reading(prompt[1:]):
-            prompt = Path(prompt[1:]).read_text("utf-8")
-    prompt = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    if unknown := tokenizer.unknown(prompt):
-        notice(f"left out of the prompt, for the model has never seen them: {unknown}")
-        prompt = "".join(c for c in prompt if c in tokenizer.chars)
-    return prompt, tokenizer.encode(prompt, special=True)
-
-def open_model(s):
-    """The model that --init or --out names -> (model, tokenizer), on its device and in its precision."""
-    device = pick_device(s.device)
-    model, tokenizer = load_model(s.init) if s.init else from_checkpoint(load_run(Path(s.out)), s.out)
-    need_tokenizer(tokenizer, s.init)
-    dtype, _ = pick_dtype(s.dtype, device)
-    model.to(device, dtype)
-    use_attention(model, s.attention, dtype)
-    return model, tokenizer
-
-def evaluate(**given):
-    """Loss of a model over a text, each token predicted once -> dict. Keyword arguments are the flags of `eval`."""
-    s = Evaluation(**check(given, Evaluation))
-    model, tokenizer = open_model(s)
-    if not s.data and s.init:
-        raise Error("eval --init needs --data")
-    data = s.data or load_run(Path(s.out))["settings"]["training"]["data"]
-    tokens = load_tokens(data, tokenizer)[0]
-    tokens = tokens if s.data else split(tokens)[1]
-    if len(tokens) < 2:
-        raise Error("fewer than two tokens to evaluate on")
-    loss, counted = mean_loss(model, tokens, s.stride, s.batch_size)
-    lengths = torch.tensor([len(token) * (i != tokenizer.eot) for i, token in enumerate(tokenizer.tokens)])
-    count_bytes = sum(int(lengths[part.long()].sum()) for part in tokens[1:].split(1 << 20))
-    result = {"loss": loss, "perplexity": math.exp(min(loss, 700)),
-              "bits_per_byte": loss * counted / math.log(2) / max(1, count_bytes), "tokens": counted,
-              "stride": min(s.stride or math.inf, model.config.block_size)}
-    say(json.dumps(result) if s.json else f"loss {loss:.4f} nats, perplexity {result['perplexity']:.3f}, "
-        f"{result['bits_per_byte']:.4f} bits per byte ({counted:,} tokens, stride {result['stride']})")
-    return result
 
 # --- Looking inside --------------------------------------------------------------------------------------------------
 # What the model would say next, layer by layer; where its heads look, and what each is worth; when it begins to recite.
@@ -1690,8 +1697,8 @@ body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var
 h2 { margin: 2.2rem 0 .2rem } p, small { color: var(--soft); margin: .2rem 0 .8rem; max-width: 50rem }
 header { position: sticky; top: 0; background: var(--back); border-bottom: 1px solid var(--line); padding: .5rem 0 }
 input { width: 100%; accent-color: var(--a) } .row { display: flex; flex-wrap: wrap; gap: 1rem }
-figure { margin: 0; flex: 1 1 22rem; max-width: 36rem } path { stroke-width: 2 } svg text { fill: var(--soft); font-size: 11px }
-.card { min-width: 8.4rem }
+figure { margin: 0; flex: 1 1 22rem; max-width: 36rem } path { stroke-width: 2 }
+svg text { fill: var(--soft); font-size: 11px } .card { min-width: 8.4rem }
 .bar { font: 12px/1.5 ui-monospace, monospace; white-space: pre; overflow: hidden; padding: 0 .3rem;
   background: linear-gradient(to right, color-mix(in srgb, var(--a) 35%, transparent) var(--p), transparent var(--p)) }
 .true { color: var(--good); font-weight: bold } table { border-collapse: collapse; font: 12px ui-monospace, monospace }

@@ -235,62 +235,6 @@ def test_activation_checkpointing_changes_no_gradient():
 
 # --- Data ------------------------------------------------------------------------------------------------------------
 
-def text_of(data, tokenizer="char"):
-    tokens, tokenizer, _ = gpt.load_tokens([data] if isinstance(data, str) else data, tokenizer)
-    return b"".join(tokenizer.tokens[i] for i in tokens.tolist()).decode()
-
-def test_files_folders_globs_and_archives_are_read_as_they_are():
-    Path("d/deep").mkdir(parents=True)
-    Path("d/a.txt").write_bytes("\ufeffone\r\n".encode())
-    Path("d/deep/b.jsonl").write_text('{"text": "two"}\n\n{"text": "three\\n"}\n')
-    Path("d/c.txt.gz").write_bytes(gzip.compress("четыре".encode()))
-    Path("d/ignored.py").write_text("no")
-    assert text_of("d") == "one\r\nчетыреtwothree\n"
-    assert text_of("d/*.txt") == "one\r\n" and text_of(["d/c.txt.gz", "d/a.txt"]) == "четыреone\r\n"
-
-def test_documents_are_separated_where_the_tokenizer_can(bpe):
-    Path("b.jsonl").write_text('{"text": "two"}\n{"text": "three"}\n')
-    assert gpt.load_tokens(["b.jsonl"], bpe)[0].tolist().count(bpe.eot) == 1
-
-@pytest.mark.parametrize("size", [1, 7, 50, 10_000])
-def test_cutting_text_into_pieces_changes_no_token(size, bpe):
-    text = TEXT[:700] + "\n\n  \n a\n\nb \n c\r\nd\te\n" + "x\n" * 30 + "no newline " * 10
-    Path("t.txt").write_bytes(text.encode())
-    pieces = list(gpt.pieces([Path("t.txt")], size))
-    assert "".join(pieces) == text and (size > 5000 or len(pieces) > 2)
-    assert torch.equal(torch.cat([bpe.encode(piece) for piece in pieces]), bpe.encode(text))
-
-def test_tokens_are_kept_and_found_again_but_not_for_other_text(monkeypatch):
-    first = gpt.load_tokens(["text.txt"])
-    with monkeypatch.context() as patch:
-        patch.setattr(gpt, "tokenise", lambda *a: pytest.fail("tokenised twice"))
-        again = gpt.load_tokens(["text.txt"])
-    assert torch.equal(first[0], again[0]) and first[2] == again[2]
-    for kept in Path("cache").glob("*.bin"):  # somebody tidied up
-        kept.unlink()
-    assert text_of("text.txt") == TEXT
-    Path("text.txt").write_text(TEXT[1:])
-    assert gpt.load_tokens(["text.txt"])[2] != first[2]
-
-def test_an_interrupted_tokenisation_leaves_nothing_that_looks_whole(monkeypatch):
-    def interrupted(*a):
-        yield "To be"
-        raise KeyboardInterrupt
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(gpt, "pieces", interrupted)
-        gpt.load_tokens(["text.txt"], gpt.CharTokenizer(TEXT))
-    assert not list(Path("cache").glob("*.bin*")) and text_of("text.txt") == TEXT
-
-def test_a_large_vocabulary_takes_four_bytes():
-    Path("v.txt").write_text("".join(map(chr, range(0x4e00, 0x9fff))) + "".join(map(chr, range(0x20000, 0x20000 + 50000))), "utf-8")
-    tokens, tokenizer, _ = gpt.load_tokens(["v.txt"])
-    assert tokens.dtype == torch.uint32 and len(tokenizer.tokens) > 65536 and int(tokens[-1]) == len(tokenizer.tokens) - 1
-
-def test_a_folder_that_cannot_be_written_is_no_obstacle(monkeypatch, capsys):
-    Path("file").touch()
-    monkeypatch.setenv("GPT_CACHE", "file/cache")
-    assert text_of("text.txt") == TEXT and "file/cache" in capsys.readouterr().err
-
 def test_windows_reach_the_last_token_and_differ_between_processes_and_steps():
     tokens = torch.arange(20).to(torch.uint16)
     seen = torch.cat([gpt.random_windows(tokens, 4, (2, 1, 8), 0, 1, step) for step in range(40)])
@@ -311,14 +255,6 @@ def test_mean_loss_counts_each_token_once_with_the_context_it_says(n, stride):
         total += F.cross_entropy(logits, tokens[t]).item()
     loss, counted = gpt.mean_loss(model, tokens, stride, batch_size=3)
     assert counted == n - 1 and loss == pytest.approx(total / (n - 1), rel=1e-4)
-
-def test_short_texts_shrink_the_context_and_may_have_nothing_to_validate_on(capsys):
-    for n in (2, 15, 40):
-        Path("short.txt").write_text(("ab" * 20)[:n])
-        result = train(data="short.txt", out=f"o{n}", steps=2)
-        assert "the context shrinks" in capsys.readouterr().err or n > 20
-        assert (result["val_loss"] is None) == (n == 2)
-        gpt.sample(out=f"o{n}", tokens=5)
 
 # --- Training --------------------------------------------------------------------------------------------------------
 
@@ -493,83 +429,6 @@ sys.exit(gpt.main())""", "utf-8")
     assert [step for step, _, _ in losses("died")] == list(range(11))
     assert run("whole", HERE / "gpt.py").returncode == 0 and equal(weights("died"), weights("whole"))
 
-# --- Checkpoints -----------------------------------------------------------------------------------------------------
-
-class Evil:
-    def __reduce__(self):
-        return os.mkdir, ("evil",)
-
-def test_damaged_and_foreign_checkpoints_are_one_line_and_run_nothing(capsys):
-    train(out="r", steps=2)
-    good = Path("r/best.pt").read_bytes()
-    number, chance = int(os.environ.get("DAMAGED", 40)) // 2, random.Random(0)  # `DAMAGED=300` is the long form
-    damaged = {"empty": b"", "text": b"hello", "pickle": pickle.dumps(Evil())}
-    damaged |= {f"cut{i}": good[:i] for i in chance.sample(range(len(good)), number)}
-    for i in chance.sample(range(len(good)), number):
-        damaged[f"flip{i}"] = good[:i] + bytes([good[i] ^ chance.randrange(1, 256)]) + good[i + chance.choice((0, 1, 2)):]
-    for name, write in {"evil": lambda file: torch.save({"format": 1, "model": Evil()}, file),
-                        "old evil": lambda file: torch.save({"format": 1, "model": Evil()}, file, _use_new_zipfile_serialization=False),
-                        "foreign": lambda file: zipfile.ZipFile(file, "w").writestr("word/document.xml", "<w/>"),
-                        "bomb": lambda file: zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED).writestr("data.pkl", bytes(1 << 26)),
-                        "tensor": lambda file: torch.save(torch.zeros(3), file), "list": lambda file: torch.save([1], file)}.items():
-        write(buffer := io.BytesIO())
-        damaged[name] = buffer.getvalue()
-    for name, data in damaged.items():
-        Path("x.pt").write_bytes(data)
-        try:
-            assert equal(gpt.load_model("x.pt")[0].state_dict(), weights("r", "best.pt")), name  # a byte that does not matter
-        except gpt.Error as e:
-            assert "x.pt" in str(e) and "\n" not in str(e)
-    assert not Path("evil").exists() and len(damaged) > 2 * number
-    state = gpt.read_checkpoint(Path("r/best.pt"))
-    torch.save(state | {"format": 99}, "new.pt")
-    assert "newer" in refused(capsys, "sample", "--init", "new.pt")
-    del state["model"]["embed.weight"]
-    torch.save(state, "part.pt")
-    assert "fit together" in refused(capsys, "sample", "--init", "part.pt")
-
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(capsys):
-    train(out="r", save_every=3)
-    Path("r/ckpt.pt").write_bytes(Path("r/ckpt.pt").read_bytes()[:-1000])
-    gpt.train(resume=True, out="r")
-    assert "the one before" in capsys.readouterr().err
-    assert equal(weights("r"), weights("r")) and gpt.read_checkpoint(Path("r/ckpt.pt"))["step"] == 6
-
-def test_saving_that_fails_leaves_the_old_checkpoint_and_training_goes_on(monkeypatch, capsys):
-    honest = torch.save
-    def full(state, file):
-        if state["step"] == 3:
-            file.write(b"half")
-            raise RuntimeError("PytorchStreamWriter failed writing file")
-        honest(state, file)
-    monkeypatch.setattr(torch, "save", full)
-    assert train(save_every=3, eval_every=6)["step"] == 6
-    assert "MB are free); training" in capsys.readouterr().err.replace("free; training", "free); training")
-    assert not list(Path("out").glob("*.tmp")) and gpt.read_checkpoint(Path("out/ckpt.pt"))["step"] == 6
-
-def test_a_disk_without_room_ends_in_one_line_and_keeps_what_was_there():
-    """A limit on the size of files stands in for a full disk; beyond it writes fail, in the middle of a file."""
-    limited = "import resource, sys; sys.path.insert(0, sys.argv.pop(1)); resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2); import gpt; sys.exit(gpt.main())"
-    def run(limit, *words):
-        done = subprocess.run([sys.executable, "-c", limited, HERE, str(limit), *words], capture_output=True, text=True)
-        assert "Traceback" not in done.stderr, done.stderr
-        return done.returncode, done.stderr
-    code, err = run(1000, "train", "--data", "text.txt", *FLAGS, "--steps", "2")  # no room for the tokens
-    assert code == 1 and "cannot be written: File too large" in err and not list(Path("cache").glob("*.bin*"))
-    train(out="r")
-    kept = weights("r")
-    size = os.path.getsize("r/ckpt.pt")
-    code, err = run(size - 1000, "train", "--resume", "--out", "r", "--steps", "9", "--save-every", "1")
-    assert code == 1 and "training goes on" in err and "last checkpoint could not be saved" in err and "MB are free" in err
-    assert equal(weights("r"), kept) and not list(Path("r").glob("*.tmp"))
-    assert gpt.train(resume=True, out="r", steps=9)["step"] == 9
-
-def test_a_checkpoint_is_plain_and_names_no_wrapper():
-    train(compile="off")
-    state = torch.load("out/ckpt.pt", weights_only=True)
-    assert {"format", "model", "settings", "tokenizer", "step", "val_loss", "optimizer", "scaler", "rng", "data"} <= state.keys()
-    assert state["model"].keys() == make().state_dict().keys()
-
 # --- Sampling --------------------------------------------------------------------------------------------------------
 
 def test_greedy_top_k_and_top_p_keep_what_they_should():
@@ -670,6 +529,149 @@ def test_eval_is_the_direct_sum_and_knows_bytes(trained, capsys):
     assert {"loss", "perplexity", "bits_per_byte", "tokens", "stride"} == json.loads(capsys.readouterr().out).keys()
     Path("odd.txt").write_text("that is ß")
     assert "xdf" in refused(capsys, "eval", "--out", trained, "--data", "odd.txt")
+
+# --- Text into tokens ------------------------------------------------------------------------------------------------
+
+def text_of(data, tokenizer="char"):
+    tokens, tokenizer, _ = gpt.load_tokens([data] if isinstance(data, str) else data, tokenizer)
+    return b"".join(tokenizer.tokens[i] for i in tokens.tolist()).decode()
+
+def test_files_folders_globs_and_archives_are_read_as_they_are():
+    Path("d/deep").mkdir(parents=True)
+    Path("d/a.txt").write_bytes("\ufeffone\r\n".encode())
+    Path("d/deep/b.jsonl").write_text('{"text": "two"}\n\n{"text": "three\\n"}\n')
+    Path("d/c.txt.gz").write_bytes(gzip.compress("четыре".encode()))
+    Path("d/ignored.py").write_text("no")
+    assert text_of("d") == "one\r\nчетыреtwothree\n"
+    assert text_of("d/*.txt") == "one\r\n" and text_of(["d/c.txt.gz", "d/a.txt"]) == "четыреone\r\n"
+
+def test_documents_are_separated_where_the_tokenizer_can(bpe):
+    Path("b.jsonl").write_text('{"text": "two"}\n{"text": "three"}\n')
+    assert gpt.load_tokens(["b.jsonl"], bpe)[0].tolist().count(bpe.eot) == 1
+
+@pytest.mark.parametrize("size", [1, 7, 50, 10_000])
+def test_cutting_text_into_pieces_changes_no_token(size, bpe):
+    text = TEXT[:700] + "\n\n  \n a\n\nb \n c\r\nd\te\n" + "x\n" * 30 + "no newline " * 10
+    Path("t.txt").write_bytes(text.encode())
+    pieces = list(gpt.pieces([Path("t.txt")], size))
+    assert "".join(pieces) == text and (size > 5000 or len(pieces) > 2)
+    assert torch.equal(torch.cat([bpe.encode(piece) for piece in pieces]), bpe.encode(text))
+
+def test_tokens_are_kept_and_found_again_but_not_for_other_text(monkeypatch):
+    first = gpt.load_tokens(["text.txt"])
+    with monkeypatch.context() as patch:
+        patch.setattr(gpt, "tokenise", lambda *a: pytest.fail("tokenised twice"))
+        again = gpt.load_tokens(["text.txt"])
+    assert torch.equal(first[0], again[0]) and first[2] == again[2]
+    for kept in Path("cache").glob("*.bin"):  # somebody tidied up
+        kept.unlink()
+    assert text_of("text.txt") == TEXT
+    Path("text.txt").write_text(TEXT[1:])
+    assert gpt.load_tokens(["text.txt"])[2] != first[2]
+
+def test_an_interrupted_tokenisation_leaves_nothing_that_looks_whole(monkeypatch):
+    def interrupted(*a):
+        yield "To be"
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(gpt, "pieces", interrupted)
+        gpt.load_tokens(["text.txt"], gpt.CharTokenizer(TEXT))
+    assert not list(Path("cache").glob("*.bin*")) and text_of("text.txt") == TEXT
+
+def test_a_large_vocabulary_takes_four_bytes():
+    Path("v.txt").write_text("".join(map(chr, range(0x4e00, 0x9fff))) + "".join(map(chr, range(0x20000, 0x20000 + 50000))), "utf-8")
+    tokens, tokenizer, _ = gpt.load_tokens(["v.txt"])
+    assert tokens.dtype == torch.uint32 and len(tokenizer.tokens) > 65536 and int(tokens[-1]) == len(tokenizer.tokens) - 1
+
+def test_a_folder_that_cannot_be_written_is_no_obstacle(monkeypatch, capsys):
+    Path("file").touch()
+    monkeypatch.setenv("GPT_CACHE", "file/cache")
+    assert text_of("text.txt") == TEXT and "file/cache" in capsys.readouterr().err
+
+def test_short_texts_shrink_the_context_and_may_have_nothing_to_validate_on(capsys):
+    for n in (2, 15, 40):
+        Path("short.txt").write_text(("ab" * 20)[:n])
+        result = train(data="short.txt", out=f"o{n}", steps=2)
+        assert "the context shrinks" in capsys.readouterr().err or n > 20
+        assert (result["val_loss"] is None) == (n == 2)
+        gpt.sample(out=f"o{n}", tokens=5)
+
+# --- Checkpoints -----------------------------------------------------------------------------------------------------
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+def test_damaged_and_foreign_checkpoints_are_one_line_and_run_nothing(capsys):
+    train(out="r", steps=2)
+    good = Path("r/best.pt").read_bytes()
+    number, chance = int(os.environ.get("DAMAGED", 40)) // 2, random.Random(0)  # `DAMAGED=300` is the long form
+    damaged = {"empty": b"", "text": b"hello", "pickle": pickle.dumps(Evil())}
+    damaged |= {f"cut{i}": good[:i] for i in chance.sample(range(len(good)), number)}
+    for i in chance.sample(range(len(good)), number):
+        damaged[f"flip{i}"] = good[:i] + bytes([good[i] ^ chance.randrange(1, 256)]) + good[i + chance.choice((0, 1, 2)):]
+    for name, write in {"evil": lambda file: torch.save({"format": 1, "model": Evil()}, file),
+                        "old evil": lambda file: torch.save({"format": 1, "model": Evil()}, file, _use_new_zipfile_serialization=False),
+                        "foreign": lambda file: zipfile.ZipFile(file, "w").writestr("word/document.xml", "<w/>"),
+                        "bomb": lambda file: zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED).writestr("data.pkl", bytes(1 << 26)),
+                        "tensor": lambda file: torch.save(torch.zeros(3), file), "list": lambda file: torch.save([1], file)}.items():
+        write(buffer := io.BytesIO())
+        damaged[name] = buffer.getvalue()
+    for name, data in damaged.items():
+        Path("x.pt").write_bytes(data)
+        try:
+            assert equal(gpt.load_model("x.pt")[0].state_dict(), weights("r", "best.pt")), name  # a byte that does not matter
+        except gpt.Error as e:
+            assert "x.pt" in str(e) and "\n" not in str(e)
+    assert not Path("evil").exists() and len(damaged) > 2 * number
+    state = gpt.read_checkpoint(Path("r/best.pt"))
+    torch.save(state | {"format": 99}, "new.pt")
+    assert "newer" in refused(capsys, "sample", "--init", "new.pt")
+    del state["model"]["embed.weight"]
+    torch.save(state, "part.pt")
+    assert "fit together" in refused(capsys, "sample", "--init", "part.pt")
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(capsys):
+    train(out="r", save_every=3)
+    Path("r/ckpt.pt").write_bytes(Path("r/ckpt.pt").read_bytes()[:-1000])
+    gpt.train(resume=True, out="r")
+    assert "the one before" in capsys.readouterr().err
+    assert equal(weights("r"), weights("r")) and gpt.read_checkpoint(Path("r/ckpt.pt"))["step"] == 6
+
+def test_saving_that_fails_leaves_the_old_checkpoint_and_training_goes_on(monkeypatch, capsys):
+    honest = torch.save
+    def full(state, file):
+        if state["step"] == 3:
+            file.write(b"half")
+            raise RuntimeError("PytorchStreamWriter failed writing file")
+        honest(state, file)
+    monkeypatch.setattr(torch, "save", full)
+    assert train(save_every=3, eval_every=6)["step"] == 6
+    assert "MB are free); training" in capsys.readouterr().err.replace("free; training", "free); training")
+    assert not list(Path("out").glob("*.tmp")) and gpt.read_checkpoint(Path("out/ckpt.pt"))["step"] == 6
+
+def test_a_disk_without_room_ends_in_one_line_and_keeps_what_was_there():
+    """A limit on the size of files stands in for a full disk; beyond it writes fail, in the middle of a file."""
+    limited = "import resource, sys; sys.path.insert(0, sys.argv.pop(1)); resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2); import gpt; sys.exit(gpt.main())"
+    def run(limit, *words):
+        done = subprocess.run([sys.executable, "-c", limited, HERE, str(limit), *words], capture_output=True, text=True)
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.returncode, done.stderr
+    code, err = run(1000, "train", "--data", "text.txt", *FLAGS, "--steps", "2")  # no room for the tokens
+    assert code == 1 and "cannot be written: File too large" in err and not list(Path("cache").glob("*.bin*"))
+    train(out="r")
+    kept = weights("r")
+    size = os.path.getsize("r/ckpt.pt")
+    code, err = run(size - 1000, "train", "--resume", "--out", "r", "--steps", "9", "--save-every", "1")
+    assert code == 1 and "training goes on" in err and "last checkpoint could not be saved" in err and "MB are free" in err
+    assert equal(weights("r"), kept) and not list(Path("r").glob("*.tmp"))
+    assert gpt.train(resume=True, out="r", steps=9)["step"] == 9
+
+def test_a_checkpoint_is_plain_and_names_no_wrapper():
+    train(compile="off")
+    state = torch.load("out/ckpt.pt", weights_only=True)
+    assert {"format", "model", "settings", "tokenizer", "step", "val_loss", "optimizer", "scaler", "rng", "data"} <= state.keys()
+    assert state["model"].keys() == make().state_dict().keys()
 
 # --- Looking inside --------------------------------------------------------------------------------------------------
 
