@@ -397,7 +397,7 @@ def make_norm(config, size):
 def rotate(x, cos, sin):
     """RoPE: turn each pair (x[i], x[i + D/2]) by its position's angle. x (B, H, T, D); cos, sin (T, D/2)."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), dim=-1)
 
 class Attention(nn.Module):
     def __init__(self, config):
