@@ -25,7 +25,8 @@ What is under it: Text into tokens, Checkpoints. Around it: Looking inside, Weig
 import time
 LOADED = time.monotonic()  # `--minutes` counts from here, so that the seconds it takes to load torch are included
 import argparse, atexit, base64, codecs, contextlib, ctypes, difflib, functools, glob, gzip, hashlib, html, io
-import itertools, json, math, os, re, shlex, shutil, signal, sys, tempfile, threading, unicodedata, warnings, zipfile, zlib
+import itertools, json, math, os, re, shlex, shutil, signal, sys, tempfile, threading, unicodedata, warnings, zipfile
+import zlib
 from array import array
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, fields
@@ -226,12 +227,12 @@ class CharTokenizer:
     def train(cls, texts):
         seen = torch.zeros(0x110000, dtype=torch.bool)
         for text in texts:
-            seen[cls.code_points(text)] = True
+            seen.index_fill_(0, cls.code_points(text).long(), True)
         return cls("".join(map(chr, seen.nonzero().flatten().tolist())))
 
     def encode(self, text, special=False):
         """Ids of a text as an int32 tensor (T,); a character that is not in the vocabulary is an Error."""
-        ids = self.table[self.code_points(text).clamp_(max=len(self.table) - 1)]
+        ids = self.table.index_select(0, self.code_points(text).clamp_(max=len(self.table) - 1))
         if len(ids) and ids.min() < 0:
             raise Error(f"the text has characters that this model has never seen: {self.unknown(text)}")
         return ids
@@ -375,9 +376,11 @@ def use_attention(model, impl, dtype):
     """Let the model's blocks call the attention that suits it best, or `impl`; returns what that is, and why."""
     if model.config.n_layer == 0:
         return "no attention"
-    device = next(model.parameters()).device
-    if impl == "plain" or (impl == "auto" and device.type == "cpu" and model.config.block_size <= 256):
-        attend, reason = plain_attention, "plain attention" + " (fastest on a CPU up to context 256)" * (impl == "auto")
+    device, products = next(model.parameters()).device, torch.get_float32_matmul_precision()
+    if impl == "auto" and device.type == "cpu" and model.config.block_size <= 256 and products == "medium":
+        attend, reason = plain_attention, "plain attention (the fastest to train on a CPU up to context 256)"
+    elif impl == "plain":
+        attend, reason = plain_attention, "plain attention"
     elif not NO_KERNELS:
         attend, reason = functools.partial(kernels.attention, impl=impl), "{} attention ({})".format(
             *kernels.describe(device, dtype, model.config.head_dim, impl))
@@ -802,20 +805,22 @@ class Run:
         self.history, self.last = checkpoint["history"], checkpoint["last"]
 
     def loop(self, on_eval):
+        times = 10 if self.s.steps else min(10, 1 + int(4 * self.s.minutes))  # a short run has no time for more
         while True:
             before, self.progress = self.progress, self.agree()
             done = self.progress >= 1
             def due(every, times):  # every so many steps, or else so many times in a run
                 return self.step % every == 0 if every else int(before * times) < int(self.progress * times)
-            evaluating = not self.signal and (done or self.step == 0 or due(self.s.eval_every, 10))
+            evaluating = not self.signal and (done or self.step == 0 or due(self.s.eval_every, times))
             if self.rank == 0:
                 if evaluating:
                     self.evaluate()
                 if evaluating or due(None, 500):
                     self.log(evaluating)
-                if on_eval and not self.signal and (evaluating or due(None, 20) or self.step & (self.step - 1) == 0):
+                early = self.step & (self.step - 1) == 0  # 1, 2, 4, 8, ...
+                if on_eval and not self.signal and (evaluating or early or due(None, 2 * times)):
                     on_eval(self)
-                if done or self.signal or due(self.s.save_every, 10) or time.monotonic() - self.saved_at > 300:
+                if done or self.signal or due(self.s.save_every, times) or time.monotonic() - self.saved_at > 300:
                     self.save(final=done or self.signal)
             if done or self.signal:
                 return self.finish()
@@ -1199,7 +1204,7 @@ def blocks(file, path, size):
         yield text.removeprefix("\ufeff") if offset == 0 else text  # a byte-order mark is not text
         offset += len(block)
 
-def pieces(paths, size=1 << 20):
+def pieces(paths, size=1 << 18):
     """The text in pieces of about `size` characters, and None between documents. A piece ends only after a newline
     between two characters that are not space, where no tokenizer here joins anything."""
     first = True
@@ -1258,6 +1263,7 @@ def tokenise(paths, tokenizer, path, dtype):
     """Write the tokens of `paths` into the file `path`; returns what to remember of them."""
     about, shown = {"count": 0}, time.monotonic()
     digest = hashlib.sha256()
+    signed = torch.int16 if dtype == torch.uint16 else torch.int32  # the same bits, written faster
     def raw_ids():
         nonlocal shown
         stream = pieces(paths)
@@ -1267,7 +1273,7 @@ def tokenise(paths, tokenizer, path, dtype):
             ids = torch.cat([between if text is None else next(encoded) for text in batch])
             raw = bytearray(dtype.itemsize * len(ids))
             if len(ids):
-                torch.frombuffer(raw, dtype=dtype).copy_(ids)
+                torch.frombuffer(raw, dtype=signed).copy_(ids)
             digest.update(raw)
             about["count"] += len(ids)
             yield raw
