@@ -673,7 +673,8 @@ def pick_dtype(name, device):
     if name != "auto":
         return getattr(torch, name), "as asked"
     if device.type != "cuda" or torch.version.hip:
-        return torch.float32, f"auto on {device.type}"
+        amx = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")
+        return torch.float32, f"auto on {device.type}" + ", whose AMX units multiply in bfloat16" * bool(amx)
     major, minor = torch.cuda.get_device_capability(device)
     dtype = torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else torch.float32
     return dtype, f"auto on compute capability {major}.{minor}"
@@ -705,10 +706,6 @@ def train(on_eval=None, started=None, **given):
     if {"steps", "minutes"} <= given.keys():
         raise Error("--steps and --minutes: give one of them")
     with contextlib.ExitStack() as stack:
-        # On a CPU "medium" lets oneDNN multiply matrices instead of MKL: twice as fast on AMD, and float32 all the
-        # same, except with AMX units, which take bfloat16.
-        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-        torch.set_float32_matmul_precision("medium" if not torch.cuda.is_available() else "high")
         with contextlib.suppress(OSError, AttributeError, TypeError):  # Linux: keep freed memory for the next step,
             libc = ctypes.CDLL(None)                                   # instead of asking the kernel for it anew
             libc.mallopt(-1, 1 << 30), libc.mallopt(-3, 1 << 25)       # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
@@ -738,6 +735,11 @@ class Run:
         settings, checkpoint, weights, tokenizer = settle(given, self.device)
         config, training = parts(settings, Config, Training)
         self.s = Training(**training)
+        if self.s.dtype == "auto":
+            # On a CPU "medium" lets oneDNN multiply matrices instead of MKL: twice as fast on AMD, and float32 all the
+            # same, except with AMX units, which take bfloat16. On a GPU "high" is TF32.
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("medium" if self.device.type == "cpu" else "high")
         self.read_data(config, tokenizer, new=weights is None)
         if checkpoint and checkpoint["data"]["fingerprint"] != self.fingerprint:
             raise Error(f"--resume: the run in {self.out} was trained on other data than {', '.join(self.s.data)}")
@@ -813,6 +815,7 @@ class Run:
                 return self.step % every == 0 if every else int(before * times) < int(self.progress * times)
             evaluating = not self.signal and (done or self.step == 0 or due(self.s.eval_every, times))
             if self.rank == 0:
+                begun = time.monotonic()
                 if evaluating:
                     self.evaluate()
                 if evaluating or due(None, 500):
@@ -820,6 +823,8 @@ class Run:
                 early = self.step & (self.step - 1) == 0  # 1, 2, 4, 8, ...
                 if on_eval and not self.signal and (evaluating or early or due(None, 2 * times)):
                     on_eval(self)
+                if evaluating:  # seconds that the last evaluation and the saving after it will take
+                    self.reserve = 1.25 * (time.monotonic() - begun) + 0.5
                 if done or self.signal or due(self.s.save_every, times) or time.monotonic() - self.saved_at > 300:
                     self.save(final=done or self.signal)
             if done or self.signal:
@@ -904,7 +909,7 @@ class Run:
 
     def evaluate(self):
         """The validation loss, over windows that are always the same. The best model so far is kept."""
-        begun, val = time.monotonic(), None
+        val = None
         best = min((loss for step, loss in self.history if loss is not None and step < self.step), default=math.inf)
         if len(self.val_tokens) > 1:
             with precision(self.device, self.dtype):
@@ -918,7 +923,6 @@ class Run:
         self.history = [h for h in self.history if h[0] < self.step] + [(self.step, val)]
         if val is not None and val < best and self.step:
             self.save_as("best.pt", self.state())
-        self.reserve = 1.25 * (time.monotonic() - begun) + 0.5  # seconds that the last evaluation and saving will take
 
     def log(self, evaluated):
         """A line of log.jsonl for programs, and one of progress for people."""
