@@ -11,7 +11,7 @@
     python gpt.py train --data my.txt        learn something else (files, folders, globs, addresses)
     python gpt.py train --help               every setting; `sample`, `eval`, `ablate`, `export` have theirs
 
-The default model differs from GPT-2 in what has proved itself since, and `--arch gpt2` brings every part of it back:
+The default model differs from GPT-2 in what has proved itself since; `--arch gpt2 --optimizer adamw` is the original:
   - positions rotate the queries and keys (RoPE) instead of being added to the embedding
   - RMSNorm instead of LayerNorm; queries and keys are normalised too; no biases
   - the MLP is gated (SwiGLU) instead of a GELU
@@ -69,7 +69,7 @@ class Config:
     block_size: int = setting(128, "context: the tokens a prediction can see", 1)
     n_layer: int = setting(4, "blocks of attention and MLP; 0 is the bigram table")
     n_head: int = setting(4, "attention heads", 1)
-    n_kv_head: int = setting(0, "heads of the keys and values (0: n_head)")
+    n_kv_head: int = setting(0, "heads of the keys and values (0: n_head; llama and qwen3, if not given: half of it)")
     head_dim: int = setting(0, "channels of a head (0: n_embd / n_head)")
     n_embd: int = setting(128, "channels of the residual stream", 1)
     mlp_hidden: int = setting(0, "hidden channels of the MLP (0: 4 n_embd; swiglu 8/3 n_embd, a multiple of 32)")
@@ -79,7 +79,7 @@ class Config:
     qk_norm: bool = setting(True, "RMSNorm on queries and keys, before they are rotated")
     bias: bool = setting(False, "biases in linear layers and LayerNorm")
     tie: bool = setting(False, "the head shares the embedding's weights")
-    rope_theta: float = setting(10000.0, "RoPE: the longest wavelength is 2 pi times this, in tokens", 1.0)
+    rope_theta: float = setting(10000.0, "RoPE: wavelengths go from 2 pi up to almost 2 pi times this, in tokens", 1.0)
     norm_eps: float = setting(1e-6, "added to the mean square inside norms")
     dropout: float = setting(0.0, "share of activations zeroed in training")
 
@@ -185,6 +185,8 @@ def check(given, *classes):
             continue
         if kind is list:
             value = [str(v) for v in ([value] if isinstance(value, (str, os.PathLike)) else value)]
+        elif kind is bool and not isinstance(value, bool):
+            raise Error(f"{flag(name)} is true or false, not {value!r}")
         elif kind is not bool:
             try:
                 value, before = kind(value), value
@@ -349,7 +351,8 @@ def tokenizer_from(state):
 
 # --- Model -----------------------------------------------------------------------------------------------------------
 # Each token becomes a vector, the residual stream. Every block reads it and adds to it: attention brings what earlier
-# tokens know, the MLP works on each token alone. What the last block leaves is compared with every token's vector.
+# tokens know, the MLP works on each token alone. What the last block leaves is compared with one vector per token of
+# the vocabulary, the rows of the head: the larger the product, the likelier that token comes next.
 
 def plain_attention(q, k, v, dropout_p=0.0, maps=False):
     """softmax(Q K^T / sqrt(D) + mask) V, written out. q (B, H, TQ, D); k, v (B, H_kv, TK, D), H a multiple of H_kv.
@@ -398,11 +401,14 @@ def make_norm(config, size):
     return nn.RMSNorm(size, config.norm_eps)
 
 def rotate(x, cos, sin):
-    """RoPE: turn each pair (x[i], x[i + D/2]) by its position's angle. x (B, H, T, D); cos, sin (T, D/2)."""
+    """RoPE: turn each pair (x[i], x[i + D/2]) by its position's angle. The dot product of a query and a key, both so
+    turned, depends on how far apart they stand, not on where. x (B, H, T, D); cos, sin (T, D/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), dim=-1)
 
 class Attention(nn.Module):
+    """Each token asks with a query; every earlier token, and the token itself, answers with a key; the better the two
+    match, by their dot product, the more of that token's value is taken over. Several heads do so side by side."""
     def __init__(self, config):
         super().__init__()
         self.head_dim, self.dropout = config.head_dim, config.dropout
@@ -544,10 +550,12 @@ class Bigram(nn.Module):
             cache.length += idx.size(1)
         if targets is None:
             return logits, None
+        logits = logits.float() if logits.dtype != torch.float64 else logits
         return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
 def head_loss(x, weight, targets):
-    """Mean cross-entropy of x (B, T, C) @ weight^T (C, V) against targets (B, T), of which -1 do not count."""
+    """Mean cross-entropy of x (B, T, C) @ weight^T (C, V) against targets (B, T), of which -1 do not count: minus the
+    log of the probability given to the token that came. 0 is certainty, ln(V) is knowing nothing."""
     x, targets = x.flatten(0, 1), targets.flatten()
     if not NO_KERNELS:
         return kernels.linear_cross_entropy(x, weight, targets, ignore_index=-1)  # never holds all the logits
@@ -632,7 +640,7 @@ def orthogonalise(x, steps=5):
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
-    for _ in range(steps):
+    for _ in range(steps):  # x <- 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x moves singular values towards 1
         xx = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(xx, xx, xx, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.mT if tall else x
@@ -700,8 +708,8 @@ def listening(run):
 
 def train(on_eval=None, started=None, **given):
     """Train a model. Keyword arguments are the flags of `python gpt.py train`; returns the last metrics as a dict.
-    `on_eval(run)` (`watch`, unless probe="") is called after every evaluation, twenty times in a run, and at steps
-    1, 2, 4, 8, ...; time counts from `started`."""
+    `on_eval(run)` (`watch`, unless probe="") is called after every evaluation, at up to twenty even distances,
+    and at steps 1, 2, 4, 8, ...; time counts from `started`."""
     given = check(given, Config, Training)
     if {"steps", "minutes"} <= given.keys():
         raise Error("--steps and --minutes: give one of them")
@@ -785,6 +793,7 @@ class Run:
         self.raw.checkpoint_activations = s.checkpoint_activations
         attention = use_attention(self.raw, s.attention, self.dtype)
         self.optimizers = make_optimizers(self.raw, s)
+        # float16 loses small gradients: the loss is multiplied before the backward pass, the gradients divided after it
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.micro = s.batch_size  # sequences in one forward pass
         self.model = self.raw
@@ -809,11 +818,11 @@ class Run:
     def loop(self, on_eval):
         times = 10 if self.s.steps else min(10, 1 + int(4 * self.s.minutes))  # a short run has no time for more
         while True:
-            before, self.progress = self.progress, self.agree()
+            before, (self.progress, stop) = self.progress, self.agree()
             done = self.progress >= 1
             def due(every, times):  # every so many steps, or else so many times in a run
                 return self.step % every == 0 if every else int(before * times) < int(self.progress * times)
-            evaluating = not self.signal and (done or self.step == 0 or due(self.s.eval_every, times))
+            evaluating = not stop and (done or self.step == 0 or due(self.s.eval_every, times))
             if self.rank == 0:
                 begun = time.monotonic()
                 if evaluating:
@@ -821,27 +830,30 @@ class Run:
                 if evaluating or due(None, 500):
                     self.log(evaluating)
                 early = self.step & (self.step - 1) == 0  # 1, 2, 4, 8, ...
-                if on_eval and not self.signal and (evaluating or early or due(None, 2 * times)):
+                if on_eval and not stop and (evaluating or early or due(None, 2 * times)):
                     on_eval(self)
                 if evaluating:  # seconds that the last evaluation and the saving after it will take
                     self.reserve = 1.25 * (time.monotonic() - begun) + 0.5
-                if done or self.signal or due(self.s.save_every, times) or time.monotonic() - self.saved_at > 300:
-                    self.save(final=done or self.signal)
-            if done or self.signal:
+                saving = due(self.s.save_every or self.s.eval_every, times) or time.monotonic() - self.saved_at > 300
+                if done or stop or saving:
+                    self.save(final=done or stop)
+            if done or stop:
                 return self.finish()
             begun = time.monotonic()
             self.update()
             self.busy += time.monotonic() - begun
 
     def agree(self):
-        """The share of the run that is behind us. All processes take the first one's clock, and stop together."""
+        """-> (share of the run that is behind us, signal to stop or 0): the same in all processes, so that all take
+        the first one's clock and stop after the same step."""
         s, left = self.s, 60 * (self.s.minutes or 0) - self.reserve
         progress = self.step / s.steps if s.steps else self.seconds() / left if left > 0 else 1.0
         if self.world > 1:
             both = torch.tensor([progress * (self.rank == 0), self.signal], dtype=torch.float64, device=self.device)
             dist.all_reduce(both, dist.ReduceOp.MAX)
-            progress, self.signal = both[0].item(), int(both[1].item())
-        return progress
+            progress, self.signal = both[0].item(), self.signal or int(both[1].item())
+            return progress, int(both[1].item())
+        return progress, self.signal
 
     def seconds(self):
         return self.seconds_before + time.monotonic() - self.started
@@ -867,7 +879,7 @@ class Run:
             loss, self.micro = None, (self.micro + 1) // 2
             notice(f"out of memory: trying {self.micro} sequences at a time; a step still sees as many")
         if loss is None:  # try again, now that the exception no longer holds on to the memory
-            self.zero_grad()
+            self.raw.zero_grad()
             return self.update()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
@@ -884,7 +896,7 @@ class Run:
             notice(f"step {self.step}: the loss or its gradient is not finite; the step is skipped")
         if self.scaler.is_enabled():
             self.scaler.update()
-        self.zero_grad()
+        self.raw.zero_grad()
         self.step += 1
         self.last = {"train_loss": loss, "lr": s.lr * rate, "grad_norm": norm}
 
@@ -903,14 +915,10 @@ class Run:
             dist.all_reduce(total)
         return total / self.world
 
-    def zero_grad(self):
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-
     def evaluate(self):
         """The validation loss, over windows that are always the same. The best model so far is kept."""
         val = None
-        best = min((loss for step, loss in self.history if loss is not None and step < self.step), default=math.inf)
+        best = min((loss for step, loss in self.history if loss is not None and 0 < step < self.step), default=math.inf)
         if len(self.val_tokens) > 1:
             with precision(self.device, self.dtype):
                 tokens = 1 << (15 if self.device.type == "cpu" else 18)
@@ -982,7 +990,7 @@ def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     logits = logits.float().cpu()
     if not logits.isfinite().all():
         raise Error("the model's logits are not finite: trained too fast, or half precision is too coarse for it", 1)
-    if temperature == 0:
+    if temperature < 1e-6:
         return logits.argmax(dim=-1)
     logits, V = logits / temperature, logits.size(-1)
     top_k = top_k if top_k < V else 0
@@ -1189,8 +1197,8 @@ def documents(path, size):
             return
         for number, line in enumerate(file, 1):
             try:
-                yield [json.loads(line)["text"] + ""]
-            except (ValueError, KeyError, TypeError):
+                yield [json.loads(line)["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")]
+            except (ValueError, KeyError, TypeError, AttributeError):
                 if line.strip():
                     raise Error(f"{path}: line {number} is not a JSON object with a `text`") from None
 
@@ -1324,8 +1332,9 @@ def settle(given, device):
         return settings | given, checkpoint, checkpoint["model"], tokenizer_from(checkpoint["tokenizer"])
     if held and not given.get("overwrite"):
         run = load_run(out, "ckpt.pt", "ckpt.prev.pt", "best.pt")
-        raise Error(f"{out} holds a run (step {run['step']}, validation loss {show(run['val_loss'])}): --resume goes "
-                    "on with it, --out OTHER starts another beside it, --overwrite replaces it")
+        resume = "--resume goes on with it, " * any((out / name).exists() for name in ("ckpt.pt", "ckpt.prev.pt"))
+        raise Error(f"{out} holds a run (step {run['step']}, validation loss {show(run['val_loss'])}): {resume}"
+                    "--out OTHER starts another beside it, --overwrite replaces it")
     arch, size = given.get("arch", Training.arch), given.get("size", "auto")
     size = ("tiny" if device.type == "cpu" else "baby") if size == "auto" else size
     settings = ARCHS[arch] | SIZES[size] | (ARCHS["bigram"] if arch == "bigram" else {})  # it has no layers at any size
@@ -1474,9 +1483,10 @@ def memory_mb(device):
 # What the model would say next, layer by layer; where its heads look, and what each is worth; when it begins to recite.
 
 @torch.no_grad()
-def look(model, idx):
+def look(model, idx, lens=True):
     """Ids (T,) -> the next token's probabilities as each layer has them, (n_layer + 1, T, V), beginning with the bare
-    embedding (the logit lens: the head reads a stream that is not finished), and attention maps (n_layer, H, T, T)."""
+    embedding (the logit lens: the head reads a stream that is not finished), or only as the last one has them; and
+    attention maps (n_layer, H, T, T)."""
     streams, maps, blocks, training = [], [], getattr(model, "blocks", ()), model.training
     def recording(q, k, v, dropout_p=0.0):
         out, probs = plain_attention(q, k, v, maps=True)
@@ -1496,7 +1506,7 @@ def look(model, idx):
             hook.remove()
         for block, attend in zip(blocks, attends):
             block.attn.attend = attend
-    views = torch.cat([model.head(model.norm(x)) for x in streams] or [logits])
+    views = torch.cat([model.head(model.norm(x)) for x in streams * lens] or [logits])
     return views.float().cpu().softmax(dim=-1), torch.stack(maps) if maps else torch.zeros(0, 0, len(idx), len(idx))
 
 def shown_layers(config):
@@ -1541,10 +1551,8 @@ def watch(run):
     model, tokenizer, seen = run.raw, run.tokenizer, run.notes
     if not seen:
         seen["texts"] = [plain_text(tokenizer, tokens) for tokens in (run.train_tokens, run.val_tokens)]
-        text = run.s.probe
-        if text is None:
-            text = max((seen["texts"][1] or seen["texts"][0])[:2000].splitlines(), key=len, default="")
-        ids = read_prompt(text, tokenizer)[1]
+        line = max((seen["texts"][1] or seen["texts"][0])[:2000].splitlines(), key=len, default="")
+        ids = tokenizer.encode(line) if run.s.probe is None else read_prompt(run.s.probe, tokenizer)[1]
         seen["idx"] = (ids if len(ids) else first_token(tokenizer))[:min(32, run.T)].long().to(run.device)
     def write(idx, tokens, temperature):
         rows = zip(*(ids.tolist() for ids in generate(model.eval(), idx, tokens, temperature, generator=generator)))
@@ -1555,14 +1563,14 @@ def watch(run):
     if run.history[-1][0] == run.step:  # an evaluation
         line["samples"] = texts = write(first_token(tokenizer).to(run.device).expand(3, 1), 80, 0.8)
         line["longest"] = [max(longest_run(text, source) for text in texts) for source in seen["texts"]]
-        line["share"] = [sum(sum(recited(text, source, 50)) for text in texts) / sum(map(len, texts))
+        line["share"] = [sum(sum(recited(text, source, 50)) for text in texts) / max(1, sum(map(len, texts)))
                          for source in seen["texts"]]
     model.train(training)
     append_line(run.out / "probe.jsonl", line)
 
 def roles(model, idx):
     """The share of each head's attention that goes where a name says, (n_layer, H), over ids (T,) from the ninth on."""
-    _, maps = look(model, idx)
+    _, maps = look(model, idx.to(next(model.parameters()).device), lens=False)
     at, idx = torch.arange(len(idx)), idx.cpu()
     same = (idx[:, None] == idx) & (at[:, None] > at)
     masks = {"previous token": at[:, None] - 1 == at, "first token": at.expand(len(idx), -1) == 0,
@@ -1598,7 +1606,7 @@ def bigram_loss(train, val, V):
 
 @dataclass
 class Inspection(Machine):
-    probe: str = setting("", "look at this text, in the finished model alone (default: what `train` recorded)")
+    probe: str = setting("", "look at this text, in the best model alone (default: what `train` recorded)")
 
 def inspect(**given):
     """Write inspect.html, a page without network or library, into the run's folder -> its path. In a notebook it is
@@ -1613,8 +1621,8 @@ def inspect(**given):
         except Error as e:
             notice(f"{e}; the page goes without what needs the text")
     if not records:
-        text = s.probe or plain_text(tokenizer, val[:32] if len(val) else train[:32])
-        idx = read_prompt(text, tokenizer)[1][:min(32, config.block_size)].long()
+        idx = read_prompt(s.probe, tokenizer)[1] if s.probe else val if len(val) else train
+        idx = idx[:min(32, config.block_size)].long()
         if not len(idx):
             raise Error("inspect: there is no record and no text to look at; name one with --probe TEXT")
         records = [{"step": 0, **observe(model, tokenizer, idx.to(next(model.parameters()).device))}]
@@ -1660,6 +1668,9 @@ def ablate(**given):
         axes = [[(name.replace("-", "_"), {"true": True, "false": False}.get(value.lower(), value))
                  for value in values.split(",")] for name, _, values in (word.partition("=") for word in group.split())]
         plans += [check(dict(plan), Config, Training) for plan in itertools.product(*axes)]
+    fixed = {"seed", "out", "resume", "overwrite"} & {name for plan in plans for name in plan}
+    if fixed or {"resume", "overwrite"} & given.keys():
+        raise Error(f"ablate: {flag(fixed.pop())} cannot vary" if fixed else "ablate goes on by itself; --out starts anew")
     if not plans:
         raise Error("ablate: nothing to vary; for example --vary n_head=1,2,4 --vary arch=bigram,qwen3")
     for plan in plans:  # what cannot work is found before the first hour has passed
@@ -1676,7 +1687,8 @@ def ablate(**given):
         folder = out / f"{text(plan)} seed={seed}"
         notice(f"run {i + 1} of {len(todo)}: {folder.name}")
         with contextlib.redirect_stdout(io.StringIO()):
-            begun = {"resume": True} if (folder / "ckpt.pt").exists() else given | plan | {"seed": seed}
+            held = any((folder / name).exists() for name in ("ckpt.pt", "ckpt.prev.pt"))
+            begun = {"resume": True} if held else given | plan | {"seed": seed, "overwrite": True}
             last = train(**begun, out=str(folder))
             if last["signal"]:
                 return {"signal": last["signal"]}
@@ -1734,9 +1746,9 @@ the surer; green is right.</p>
 <div class="wide"><table id="lens"></table></div>
 <h2>Where heads look</h2>
 <p>Row: the token that looks. Column: the token looked at. Point at a map, or focus it and use the arrow keys, for its
-values. A head is named after where at least 0.4 of its attention goes, in the finished model, on average over
-validation text: to the token before, to the first token, to earlier tokens equal to this one, or to those right after
-such. Worth: the rise of the validation loss in the finished model when what this head gives is zeroed.</p>
+values. A head is named after where at least 0.4 of its attention goes, on average over validation text: to the token
+before, to the first token, to earlier tokens equal to this one, or to those right after such. Worth: the rise of the
+validation loss when what this head gives is zeroed. Both are of the model with the lowest validation loss.</p>
 <p id="cell" aria-live="polite">&nbsp;</p>
 <div class="row" id="maps"></div>
 <div class="wide" id="layers"></div>
@@ -1780,7 +1792,7 @@ function chart(title, series, levels = {}) {
   const caption = add(figure, 'figcaption', title + ': ')
   for (const s of series) add(caption, 'b', end(s) + ' ', {style: `color: ${s[1]}`})
 }
-const logged = key => D.log.filter(l => l[key] != null).map(l => [l.step, l[key]])
+const logged = key => D.log.filter(l => Number.isFinite(l[key])).map(l => [l.step, l[key]])
 const both = key => ['training', 'validation'].map((name, i) => [`the ${name} text`, i ? 'var(--b)' : 'var(--a)',
   R.filter(r => r[key]).map(r => [r.step, r[key][i]])])
 $('about').textContent = D.about
@@ -1790,11 +1802,12 @@ chart('Longest run of characters in a sample that stands word for word in', both
 chart('Share of the samples in such runs of 50 or more, in', both('share'))
 
 // One canvas for each head's map; `draw` fills them.
-const T = R[0].text.length, canvases = D.heads.map(head => {
+let T = 1
+const canvases = D.heads.map(head => {
   const best = Object.entries(head.scores).sort((a, b) => b[1] - a[1])[0]
   const name = `layer ${head.layer + 1}, head ${head.head + 1}`, box = add($('maps'), 'div', '', {class: 'card'})
   const role = best?.[1] >= 0.4 ? `${best[0]} ${best[1].toFixed(2)}` : ''
-  const canvas = add(box, 'canvas', '', {width: T, height: T, tabindex: 0, role: 'img',
+  const canvas = add(box, 'canvas', '', {tabindex: 0, role: 'img',
     'aria-label': `attention of ${name}, ${role}`})
   add(box, 'div', name)
   add(box, 'div', role, {class: 'true'})
@@ -1840,10 +1853,12 @@ function draw() {  // everything that the slider moves
     layer.forEach(([[token, p]], i) => add(row, 'td', shown(token), {class: token === r.text[i + 1] ? 'true' : '',
       title: p, style: `background: color-mix(in srgb, var(--a) ${50 * p}%, transparent)`}))
   })
+  T = r.text.length
   const bytes = Uint8Array.from(atob(r.maps), c => c.charCodeAt(0)), size = T * (T + 1) / 2
   const ink = getComputedStyle(document.body).color.match(/\d+/g).slice(0, 3)
   canvases.forEach((canvas, n) => {
     const image = new ImageData(T, T)
+    canvas.width = canvas.height = T
     canvas.map = (i, j) => j > i ? 0 : bytes[n * size + i * (i + 1) / 2 + j]
     for (let i = 0; i < T; i++)
       for (let j = 0; j < T; j++) image.data.set([...ink, canvas.map(i, j)], 4 * (i * T + j))

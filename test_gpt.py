@@ -510,6 +510,9 @@ def test_prompts_of_any_kind_are_met(trained, capsys, monkeypatch):
 def test_bad_requests_to_sample(trained, words, says, capsys):
     assert says in refused(capsys, "sample", "--out", trained, *words)
 
+def test_a_temperature_near_zero_is_greedy(trained):
+    assert gpt.sample(out=trained, tokens=20, temperature=1e-38) == gpt.sample(out=trained, tokens=20, temperature=0)
+
 def test_sampling_needs_neither_the_data_nor_a_compiler(trained, monkeypatch):
     monkeypatch.setattr(gpt, "find_files", lambda *a: pytest.fail("read the data"))
     monkeypatch.setattr(torch, "compile", lambda *a: pytest.fail("compiled"))
@@ -544,6 +547,10 @@ def test_files_folders_globs_and_archives_are_read_as_they_are():
     Path("d/ignored.py").write_text("no")
     assert text_of("d") == "one\r\nчетыреtwothree\n"
     assert text_of("d/*.txt") == "one\r\n" and text_of(["d/c.txt.gz", "d/a.txt"]) == "четыреone\r\n"
+
+def test_half_a_character_in_json_is_replaced():
+    Path("half.jsonl").write_text('{"text": "ab \\ud83d cd"}\n')
+    assert "".join(gpt.pieces([Path("half.jsonl")])) == "ab \ufffd cd"
 
 def test_documents_are_separated_where_the_tokenizer_can(bpe):
     Path("b.jsonl").write_text('{"text": "two"}\n{"text": "three"}\n')
@@ -723,6 +730,20 @@ def test_probes_change_no_weight_and_record_what_happened():
     probs = model(tokenizer.encode("to be, or")[None].long())[0][0].softmax(-1)
     assert last["top"][8][0][0] == tokenizer.chars[probs[8].argmax()] and abs(last["top"][8][0][1] - probs[8].max()) < 1e-3
 
+def test_a_line_that_looks_like_a_file_name_is_text(capsys):
+    Path("text.txt").write_text("@someone said this, and no more\n" * 200)
+    assert train(probe=None, steps=2)["step"] == 2
+    assert "".join(gpt.read_lines(Path("out/probe.jsonl"))[0]["text"]).startswith("@someone")
+    gpt.inspect()
+    Path("out/probe.jsonl").unlink()
+    gpt.inspect()
+
+def test_another_probe_after_resuming_and_no_probe_at_all_make_a_page():
+    train(out="r", probe="to be", steps=6)
+    gpt.train(resume=True, out="r", probe="that is the question", steps=12)
+    lengths = {len(record["text"]) for record in page_data(gpt.inspect(out="r"))["records"]}
+    assert lengths == {5, 16}  # the context is 16
+
 def test_probes_of_a_resumed_run_are_those_of_one_that_never_stopped():
     def stop(run):
         gpt.watch(run)
@@ -743,8 +764,8 @@ def test_heads_are_named_after_where_they_look(monkeypatch):
         for j in same:
             maps[0, 2, t, j] = 0.5 / len(same)
             maps[0, 3, t, j + 1] = 1 / len(same)
-    monkeypatch.setattr(gpt, "look", lambda model, idx: (None, maps))
-    scores = gpt.roles(None, idx)
+    monkeypatch.setattr(gpt, "look", lambda model, idx, lens: (None, maps))
+    scores = gpt.roles(torch.nn.Linear(1, 1), idx)
     found = [scores[name][0, head].item() for head, name in enumerate(("previous token", "first token", "same token", "after the same token"))]
     assert found == pytest.approx([1, 1, 0.5, 1]) and scores["first token"][0, 0] == 0
 
@@ -816,6 +837,9 @@ def test_ablate_compares_and_goes_on_where_it_was(capsys, monkeypatch):
     assert "±" in table[2] and gpt.main(words) == 0 and len(done) == 9
     assert "other settings" in refused(capsys, *words[:-4], "--steps", "4")
     assert "not divisible" in refused(capsys, "ablate", "--vary", "n_head=1,3", "--out", "b") and not Path("b").exists()
+    for vary, says in {"qk_norm=0,1": "true or false", "seed=1,2": "cannot vary", "out=x,y": "cannot vary"}.items():
+        assert says in refused(capsys, "ablate", "--vary", vary, "--out", "b")
+    assert "goes on by itself" in refused(capsys, "ablate", "--vary", "n_head=1,2", "--out", "b", "--resume")
     assert "nothing to vary" in refused(capsys, "ablate", "--out", "b")
     assert "did you mean --n-head" in refused(capsys, "ablate", "--vary", "n_heads=1,3", "--out", "b")
 
