@@ -1669,8 +1669,10 @@ def ablate(**given):
                  for value in values.split(",")] for name, _, values in (word.partition("=") for word in group.split())]
         plans += [check(dict(plan), Config, Training) for plan in itertools.product(*axes)]
     fixed = {"seed", "out", "resume", "overwrite"} & {name for plan in plans for name in plan}
-    if fixed or {"resume", "overwrite"} & given.keys():
-        raise Error(f"ablate: {flag(fixed.pop())} cannot vary" if fixed else "ablate goes on by itself; --out starts anew")
+    if fixed:
+        raise Error(f"ablate: {flag(fixed.pop())} cannot vary")
+    if {"resume", "overwrite"} & given.keys():
+        raise Error("ablate goes on by itself where it was; another --out starts anew")
     if not plans:
         raise Error("ablate: nothing to vary; for example --vary n_head=1,2,4 --vary arch=bigram,qwen3")
     for plan in plans:  # what cannot work is found before the first hour has passed
