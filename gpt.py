@@ -1559,12 +1559,13 @@ def watch(run):
         return [plain_text(tokenizer, torch.tensor(row)) for row in rows]
     generator, training, idx = torch.Generator().manual_seed(run.s.seed), model.training, seen["idx"]
     line = {"step": run.step, **observe(model, tokenizer, idx)}
-    line["greedy"] = plain_text(tokenizer, idx[:8]) + write(idx[None, :8], 24, 0)[0]
-    if run.history[-1][0] == run.step:  # an evaluation
-        line["samples"] = texts = write(first_token(tokenizer).to(run.device).expand(3, 1), 80, 0.8)
-        line["longest"] = [max(longest_run(text, source) for text in texts) for source in seen["texts"]]
-        line["share"] = [sum(sum(recited(text, source, 50)) for text in texts) / max(1, sum(map(len, texts)))
-                         for source in seen["texts"]]
+    with contextlib.suppress(Error):  # logits that are not finite are training's concern
+        line["greedy"] = plain_text(tokenizer, idx[:8]) + write(idx[None, :8], 24, 0)[0]
+        if run.history[-1][0] == run.step:  # an evaluation
+            line["samples"] = texts = write(first_token(tokenizer).to(run.device).expand(3, 1), 80, 0.8)
+            line["longest"] = [max(longest_run(text, source) for text in texts) for source in seen["texts"]]
+            line["share"] = [sum(sum(recited(text, source, 50)) for text in texts) / max(1, sum(map(len, texts)))
+                             for source in seen["texts"]]
     model.train(training)
     append_line(run.out / "probe.jsonl", line)
 
