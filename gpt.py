@@ -73,8 +73,8 @@ class Config:
     head_dim: int = setting(0, "channels of a head (0: n_embd / n_head)")
     n_embd: int = setting(128, "channels of the residual stream", 1)
     mlp_hidden: int = setting(0, "hidden channels of the MLP (0: 4 n_embd; swiglu 8/3 n_embd, a multiple of 32)")
-    pos: str = setting("rope", "how positions enter: learned, rope, none", choices="learned rope none")
-    norm: str = setting("rms", "LayerNorm or RMSNorm: layer, rms", choices="layer rms")
+    pos: str = setting("rope", "how positions enter", choices="learned rope none")
+    norm: str = setting("rms", "LayerNorm or RMSNorm", choices="layer rms")
     mlp: str = setting("swiglu", "the MLP: relu2 is squared, swiglu gated", choices="gelu relu relu2 swiglu")
     qk_norm: bool = setting(True, "RMSNorm on queries and keys, before they are rotated")
     bias: bool = setting(False, "biases in linear layers and LayerNorm")
@@ -118,13 +118,13 @@ class Training(Machine):
     size: str = setting("auto", "auto: tiny on a CPU, baby elsewhere",
                         choices="auto tiny baby gpt2 gpt2-medium gpt2-large gpt2-xl")
     arch: str = setting("qwen3", "architecture", choices="bigram gpt2 llama qwen3")
-    tokenizer: str = setting("char", "char, bpe (trained on the data) or gpt2", choices="char bpe gpt2")
+    tokenizer: str = setting("char", "bpe is trained on the data", choices="char bpe gpt2")
     steps: int = setting(None, "steps of the whole run (default: the size's)", 1)
     minutes: float = setting(None, "or: minutes of the whole run, from the start of the command to its end")
     batch_size: int = setting(16, "sequences per forward pass and process", 1)
     accum: int = setting(1, "forward passes per step and process", 1)
     lr: float = setting(3e-3, "AdamW's peak learning rate; Muon's is 10 times that; a tenth with --init")
-    optimizer: str = setting("muon", "muon (hidden matrices; AdamW the rest) or adamw (all)", choices="muon adamw")
+    optimizer: str = setting("muon", "muon: hidden matrices, and AdamW the rest; adamw: all", choices="muon adamw")
     weight_decay: float = setting(0.0, "weight decay of matrices")
     grad_clip: float = setting(1.0, "longest gradient (2-norm) that a step follows; 0 is off")
     warmup: int = setting(0, "steps over which the learning rate rises")
@@ -156,7 +156,7 @@ class Evaluation(Machine):
 
 # An explicit flag beats --size, which beats --arch, which beats the defaults above.
 ARCHS = {
-    "bigram": dict(n_layer=0, optimizer="adamw", lr=0.1),
+    "bigram": dict(n_layer=0, optimizer="adamw", lr=0.05, weight_decay=0.05),  # the decay smooths what was never seen
     "gpt2": dict(pos="learned", norm="layer", mlp="gelu", qk_norm=False, bias=True, tie=True, norm_eps=1e-5),
     "llama": dict(qk_norm=False),  # these two have half as many key and value heads as query heads, where that is even
     "qwen3": dict(),
@@ -209,7 +209,12 @@ def parts(given, *classes):
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # merges stay within words
 
-class CharTokenizer:
+class Tokenizer:
+    def decode(self, ids):
+        """The text of ids (T,); bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(self.tokens[i] for i in ids.tolist()).decode("utf-8", "replace")
+
+class CharTokenizer(Tokenizer):
     """One token per character. `CharTokenizer("abc").encode("cab").tolist() == [2, 0, 1]`"""
     kind, eot = "char", None
 
@@ -243,12 +248,12 @@ class CharTokenizer:
         return [self.encode(text) for text in texts]
 
     def unknown(self, text):
-        return " ".join(sorted({ascii(c) for c in text} - {ascii(c) for c in self.chars}))
+        return " ".join(map(repr, dict.fromkeys(c for c in text if c not in self.chars)))
 
     def state(self):
         return {"kind": "char", "chars": self.chars}
 
-class BPETokenizer:
+class BPETokenizer(Tokenizer):
     """Byte-pair encoding: any text can be written; tiktoken does the merging. `tokens` are bytes in the order in which
     merges made them; `special` has names and ids of those that stand for no text, the first of which ends one."""
     kind = "bpe"
@@ -754,6 +759,8 @@ class Run:
         self.make_model(Config(**config), weights)
         if checkpoint:
             self.restore(checkpoint)
+            if self.s.steps and self.step >= self.s.steps:
+                notice(f"this run is complete; --resume --steps N, with N above {self.step}, makes it longer")
         if self.rank == 0:
             for name in ("best.pt", "ckpt.pt", "ckpt.prev.pt") if not checkpoint else ():
                 (self.out / name).unlink(missing_ok=True)
@@ -775,6 +782,8 @@ class Run:
         self.T = min(block_size, len(self.train_tokens) - 1)
         if self.T < block_size:
             notice(f"the text has {len(self.train_tokens)} tokens to train on, so the context shrinks to {self.T}")
+        if len(self.val_tokens) < 2 and self.rank == 0:
+            notice("the text is too short to keep a tenth of it for validation")
         if asked and asked != V:
             if tokenizer or s.tokenizer != "bpe":
                 raise Error(f"--vocab-size {asked}: this tokenizer has {V} tokens")
@@ -1438,6 +1447,7 @@ def keep_lines(path, step):
 @contextlib.contextmanager
 def locked(folder):
     """Hold a folder for this process. The operating system lets go of it when the process dies, however it dies."""
+    new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")
@@ -1453,7 +1463,11 @@ def locked(folder):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise Error(f"--out {folder}: another run is writing there") from None
-        yield
+        try:
+            yield
+        finally:
+            if new and os.listdir(folder) == [".lock"]:  # a request that was refused leaves nothing
+                shutil.rmtree(folder, ignore_errors=True)
 
 def compiled(model, x, context):
     """The model compiled by torch, if a first pass forward and back works; else as it was, and a line that says why."""
@@ -1543,24 +1557,21 @@ def longest_run(text, source):
             longest += 1
     return longest
 
-def plain_text(tokenizer, tokens):
-    return b"".join(tokenizer.tokens[i] for i in tokens[:1 << 22].tolist()).decode("utf-8", "replace")
-
 def watch(run):
     """Called by `train` at evaluations and, more densely early, between them: writes a line of probe.jsonl."""
     model, tokenizer, seen = run.raw, run.tokenizer, run.notes
     if not seen:
-        seen["texts"] = [plain_text(tokenizer, tokens) for tokens in (run.train_tokens, run.val_tokens)]
+        seen["texts"] = [tokenizer.decode(tokens[:1 << 22]) for tokens in (run.train_tokens, run.val_tokens)]
         line = max((seen["texts"][1] or seen["texts"][0])[:2000].splitlines(), key=len, default="")
         ids = tokenizer.encode(line) if run.s.probe is None else read_prompt(run.s.probe, tokenizer)[1]
         seen["idx"] = (ids if len(ids) else first_token(tokenizer))[:min(32, run.T)].long().to(run.device)
     def write(idx, tokens, temperature):
         rows = zip(*(ids.tolist() for ids in generate(model.eval(), idx, tokens, temperature, generator=generator)))
-        return [plain_text(tokenizer, torch.tensor(row)) for row in rows]
+        return [tokenizer.decode(torch.tensor(row)) for row in rows]
     generator, training, idx = torch.Generator().manual_seed(run.s.seed), model.training, seen["idx"]
     line = {"step": run.step, **observe(model, tokenizer, idx)}
     with contextlib.suppress(Error):  # logits that are not finite are training's concern
-        line["greedy"] = plain_text(tokenizer, idx[:8]) + write(idx[None, :8], 24, 0)[0]
+        line["greedy"] = tokenizer.decode(idx[:8]) + write(idx[None, :8], 24, 0)[0]
         if run.history[-1][0] == run.step:  # an evaluation
             line["samples"] = texts = write(first_token(tokenizer).to(run.device).expand(3, 1), 80, 0.8)
             line["longest"] = [max(longest_run(text, source) for text in texts) for source in seen["texts"]]
@@ -1628,7 +1639,7 @@ def inspect(**given):
             raise Error("inspect: there is no record and no text to look at; name one with --probe TEXT")
         records = [{"step": 0, **observe(model, tokenizer, idx.to(next(model.parameters()).device))}]
     records = [records[i] for i in torch.linspace(0, len(records) - 1, min(40, len(records))).long().tolist()]
-    source = plain_text(tokenizer, train)
+    source = tokenizer.decode(train[:1 << 22])
     for record in records:
         marked = [zip(text, recited(text, source, 20)) for text in record.get("samples", ())]
         record["samples"] = [[("".join(c for c, _ in run), mark) for mark, run in groupby(pairs, itemgetter(1))]
@@ -1656,6 +1667,7 @@ def inspect(**given):
 
 @dataclass
 class Ablation(Training):
+    out: str = setting("out-ablate", "folder of all the runs")
     vary: list = setting((), "what to vary: n_head=1,2,4 varies one setting, 'n_head=1,2 n_layer=2,4' makes every pair")
     seeds: int = setting(1, "runs of each setting, with the seeds that follow --seed", 1)
 
@@ -1663,19 +1675,20 @@ def ablate(**given):
     """Train every setting that `vary` names, everything else being equal; print a table, write ablate.json -> its rows.
     Interrupted and called again, it goes on where it was. Keyword arguments are the flags of `ablate`."""
     given = check(given, Config, Ablation)
-    vary, seeds, out = given.pop("vary", []), given.pop("seeds", 1), Path(given.pop("out", "out"))
-    plans, path = [], out / "ablate.json"
-    for group in vary:
+    vary, seeds, out = given.pop("vary", []), given.pop("seeds", 1), Path(given.pop("out", Ablation.out))
+    groups, path = [], out / "ablate.json"
+    if not vary or not all("=" in word for words in vary for word in words.split()):
+        raise Error("ablate: --vary takes a setting and its values, as in --vary n_head=1,2,4 --vary arch=bigram,qwen3")
+    for words in vary:
         axes = [[(name.replace("-", "_"), {"true": True, "false": False}.get(value.lower(), value))
-                 for value in values.split(",")] for name, _, values in (word.partition("=") for word in group.split())]
-        plans += [check(dict(plan), Config, Training) for plan in itertools.product(*axes)]
+                 for value in values.split(",")] for name, _, values in (word.partition("=") for word in words.split())]
+        groups.append([check(dict(plan), Config, Training) for plan in itertools.product(*axes)])
+    plans = [plan for group in groups for plan in group]
     fixed = {"seed", "out", "resume", "overwrite"} & {name for plan in plans for name in plan}
     if fixed:
         raise Error(f"ablate: {flag(fixed.pop())} cannot vary")
     if {"resume", "overwrite"} & given.keys():
         raise Error("ablate goes on by itself where it was; another --out starts anew")
-    if not plans:
-        raise Error("ablate: nothing to vary; for example --vary n_head=1,2,4 --vary arch=bigram,qwen3")
     for plan in plans:  # what cannot work is found before the first hour has passed
         Config(**parts(settle({**given, **plan, "out": str(out / "new")}, torch.device("cpu"))[0], Config)[0])
     done = read_json(path) if path.exists() else {"base": given, "rows": []}
@@ -1700,11 +1713,11 @@ def ablate(**given):
                      "steps": last["step"], "seconds": round(last["seconds"], 1)})
         write_whole(path, [json.dumps(done, indent=1).encode()])
         notice(f"loss {loss:.4f} after {last['seconds']:.0f} s")
-    say("| setting | parameters | loss | better than the first by | seconds |\n| --- | --- | --- | --- | --- |")
-    for plan in plans:
+    say("| setting | parameters | loss | less than the first of its kind | seconds |\n| --- | --- | --- | --- | --- |")
+    for group, plan in ((group, plan) for group in groups for plan in group):
         rows = [row for row in done["rows"] if row["setting"] == text(plan)]
         loss, seconds = (torch.tensor([row[key] for row in rows], dtype=torch.float64) for key in ("loss", "seconds"))
-        first = loss.mean() if plan is plans[0] else first
+        first = loss.mean() if plan is group[0] else first
         spread = f" ± {loss.std():.4f}" if len(rows) > 1 else ""
         say(f"| {text(plan)} | {rows[0]['parameters']:,} | {loss.mean():.4f}{spread} | {first - loss.mean():.4f} | "
             f"{seconds.mean():.0f} |")
@@ -1723,7 +1736,7 @@ h2 { margin: 2.2rem 0 .2rem } p, small { color: var(--soft); margin: .2rem 0 .8r
 header { position: sticky; top: 0; background: var(--back); border-bottom: 1px solid var(--line); padding: .5rem 0 }
 input { width: 100%; accent-color: var(--a) } .row { display: flex; flex-wrap: wrap; gap: 1rem }
 figure { margin: 0; flex: 1 1 22rem; max-width: 36rem } path { stroke-width: 2 }
-svg text { fill: var(--soft); font-size: 11px } .card { min-width: 8.4rem }
+svg text { fill: var(--soft); font-size: 11px } .card { width: 8.4rem }
 .bar { font: 12px/1.5 ui-monospace, monospace; white-space: pre; overflow: hidden; padding: 0 .3rem;
   background: linear-gradient(to right, color-mix(in srgb, var(--a) 35%, transparent) var(--p), transparent var(--p)) }
 .true { color: var(--good); font-weight: bold } table { border-collapse: collapse; font: 12px ui-monospace, monospace }
@@ -2216,7 +2229,7 @@ def parse(argv):
             elif f.type is bool:
                 sub.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, **about)
             else:
-                metavar = {list: "DATA", str: "TEXT", int: "N", float: "X"}[f.type]
+                metavar = "|".join(f.metadata["choices"] or [{list: "DATA", str: "TEXT", int: "N", float: "X"}[f.type]])
                 several = {"nargs": "+", "action": "extend" if f.name == "vary" else "store"} if f.type is list else {}
                 sub.add_argument(flag(f.name), metavar=metavar, **several, **about)
     argv = [re.sub("_", "-", a.split("=")[0]) + a[len(a.split("=")[0]):] if a.startswith("--") else a for a in argv]

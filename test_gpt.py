@@ -85,7 +85,7 @@ def test_a_bad_request_is_one_line_and_writes_nothing(words, says, capsys):
     Path("cut.txt.gz").write_bytes(gzip.compress(TEXT.encode())[:-20])
     flags = [] if {"--n-embd", "--n-layer", "--n-head", "--batch-size", "--device"} & set(words) else FLAGS
     assert says in refused(capsys, "train", "--data", "text.txt", *flags, *words)
-    assert not [path for path in Path(".").glob("out/*") if path.name != ".lock"]
+    assert not Path("out").exists()
 
 def test_python_functions_take_the_same_settings_and_raise_the_same_errors():
     with pytest.raises(gpt.Error, match="n_layr|n-layr"):
@@ -100,9 +100,9 @@ AWKWARD = ["", "\n", "\x00", "a  b\r\n\r\n\tc ", "naïve café", "汉字かな�
 def test_char_tokenizer_round_trips_its_vocabulary_and_names_the_rest():
     tokenizer = gpt.CharTokenizer.train(AWKWARD)
     for text in AWKWARD:
-        assert b"".join(tokenizer.tokens[i] for i in tokenizer.encode(text)).decode() == text
+        assert tokenizer.decode(tokenizer.encode(text)) == text
     assert gpt.CharTokenizer("abc").encode("cab").tolist() == [2, 0, 1]
-    with pytest.raises(gpt.Error, match="xdf"):
+    with pytest.raises(gpt.Error, match="ß"):
         gpt.CharTokenizer("abc").encode("aß")
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,8 @@ def bpe():
 
 def test_bpe_round_trips_any_text(bpe):
     for text in AWKWARD:
-        assert b"".join(bpe.tokens[i] for i in bpe.encode(text)).decode() == text
+        assert bpe.decode(bpe.encode(text)) == text
+    assert bpe.decode(bpe.encode("🙂")[:1]) == "\ufffd" or len(bpe.encode("🙂")) == 1
     assert len(bpe.tokens) == 300 == len(set(bpe.tokens))
 
 def test_bpe_learns_the_merges_of_its_docstring():
@@ -321,7 +322,9 @@ def test_resume_refuses_other_data_and_another_shape_but_takes_more_steps(capsys
     Path("other.txt").write_text(TEXT[::-1])
     assert "other data" in refused(capsys, "train", "--resume", "--out", "r", "--data", "other.txt")
     assert "--n-layer 2, not 3" in refused(capsys, "train", "--resume", "--out", "r", "--n-layer", "3")
-    assert gpt.train(resume=True, out="r", steps=9)["step"] == 9
+    assert gpt.train(resume=True, out="r", steps=9)["step"] == 9 and "complete" not in capsys.readouterr().err
+    gpt.train(resume=True, out="r")
+    assert "this run is complete; --resume --steps N" in capsys.readouterr().err
 
 def test_a_repeated_command_never_loses_a_run(capsys):
     train(out="r")
@@ -496,7 +499,7 @@ def test_a_sample_is_its_prompt_and_then_text_and_nothing_else(trained, capsys):
 
 def test_prompts_of_any_kind_are_met(trained, capsys, monkeypatch):
     assert gpt.sample(out=trained, prompt="zß🙂\ud800", tokens=3)[0][:0] == ""
-    assert "'\\xdf'" in capsys.readouterr().err
+    assert "'z' 'ß' '🙂'" in capsys.readouterr().err
     assert len(gpt.sample(out=trained, tokens=4)[0]) == 4
     assert gpt.sample(out=trained, prompt=TEXT[:300], tokens=4)[0].startswith(TEXT[:300])
     assert "newest 16" in capsys.readouterr().err
@@ -531,7 +534,7 @@ def test_eval_is_the_direct_sum_and_knows_bytes(trained, capsys):
     assert gpt.main(["eval", "--out", trained, "--json"]) == 0
     assert {"loss", "perplexity", "bits_per_byte", "tokens", "stride"} == json.loads(capsys.readouterr().out).keys()
     Path("odd.txt").write_text("that is ß")
-    assert "xdf" in refused(capsys, "eval", "--out", trained, "--data", "odd.txt")
+    assert "ß" in refused(capsys, "eval", "--out", trained, "--data", "odd.txt")
 
 # --- Text into tokens ------------------------------------------------------------------------------------------------
 
@@ -599,7 +602,8 @@ def test_short_texts_shrink_the_context_and_may_have_nothing_to_validate_on(caps
     for n in (2, 15, 40):
         Path("short.txt").write_text(("ab" * 20)[:n])
         result = train(data="short.txt", out=f"o{n}", steps=2)
-        assert "the context shrinks" in capsys.readouterr().err or n > 20
+        err = capsys.readouterr().err
+        assert ("the context shrinks" in err or n > 20) and ("too short to keep" in err) == (n == 2)
         assert (result["val_loss"] is None) == (n == 2)
         gpt.sample(out=f"o{n}", tokens=5)
 
@@ -840,7 +844,7 @@ def test_ablate_compares_and_goes_on_where_it_was(capsys, monkeypatch):
     for vary, says in {"qk_norm=0,1": "true or false", "seed=1,2": "cannot vary", "out=x,y": "cannot vary"}.items():
         assert says in refused(capsys, "ablate", "--vary", vary, "--out", "b")
     assert "goes on by itself" in refused(capsys, "ablate", "--vary", "n_head=1,2", "--out", "b", "--resume")
-    assert "nothing to vary" in refused(capsys, "ablate", "--out", "b")
+    assert all("--vary takes" in refused(capsys, "ablate", "--out", "b", *more) for more in ([], ["--vary", "n_head"]))
     assert "did you mean --n-head" in refused(capsys, "ablate", "--vary", "n_heads=1,3", "--out", "b")
 
 # --- Weights in and out ----------------------------------------------------------------------------------------------
@@ -1436,7 +1440,7 @@ def test_the_readme_commands_run(capsys, monkeypatch):
             continue
         if words[0] in ("train", "ablate"):
             words = [w for i, w in enumerate(words) if w not in ("--steps", "--minutes", "--size") and (i == 0 or words[i - 1] not in ("--steps", "--minutes", "--size"))]
-            out = [] if "--out" in words or "--resume" in words else ["--overwrite"]
+            out = [] if words[0] == "ablate" or {"--out", "--resume"} & set(words) else ["--overwrite"]
             words += ["--device", "cpu", *out] + ([] if {"--resume", "--init"} & set(words) else ["--n-embd", "16", "--n-head", "2", "--block-size", "16",
                       *(["--n-layer", "1"] if "bigram" not in line else [])]) + ["--steps", "9" if "--resume" in words else "2"]
         elif words[0] == "sample":
