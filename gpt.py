@@ -1571,7 +1571,7 @@ def watch(run):
     generator, training, idx = torch.Generator().manual_seed(run.s.seed), model.training, seen["idx"]
     line = {"step": run.step, **observe(model, tokenizer, idx)}
     with contextlib.suppress(Error):  # logits that are not finite are training's concern
-        line["greedy"] = tokenizer.decode(idx[:8]) + write(idx[None, :8], 24, 0)[0]
+        line["greedy"] = tokenizer.decode(idx[:8]) + write(idx[None, :8], 12, 0)[0]
         if run.history[-1][0] == run.step:  # an evaluation
             line["samples"] = texts = write(first_token(tokenizer).to(run.device).expand(3, 1), 80, 0.8)
             line["longest"] = [max(longest_run(text, source) for text in texts) for source in seen["texts"]]

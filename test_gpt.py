@@ -724,7 +724,7 @@ def test_probes_change_no_weight_and_record_what_happened():
     assert [line["step"] for line in lines] == sorted({0, 1, 2, 4, 8, 16, 32, *range(0, 41, 2)})
     last = lines[-1]
     assert "".join(last["text"]) == "to be, or" and len(last["top"]) == 9 and len(last["rank"]) == 8
-    assert [len(layer) for layer in last["lens"]] == [9] * 3 and len(last["greedy"]) == 8 + 24
+    assert [len(layer) for layer in last["lens"]] == [9] * 3 and len(last["greedy"]) == 8 + 12
     import base64
     assert len(base64.b64decode(last["maps"])) == 2 * 4 * 45
     assert len(last["samples"]) == 3 and last["longest"][0] >= last["longest"][1] >= 1 and "samples" not in lines[1]
