@@ -555,8 +555,7 @@ class Bigram(nn.Module):
             cache.length += idx.size(1)
         if targets is None:
             return logits, None
-        logits = logits.float() if logits.dtype != torch.float64 else logits
-        return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return None, logits_loss(logits.flatten(0, 1), targets.flatten())
 
 def head_loss(x, weight, targets):
     """Mean cross-entropy of x (B, T, C) @ weight^T (C, V) against targets (B, T), of which -1 do not count: minus the
@@ -564,7 +563,10 @@ def head_loss(x, weight, targets):
     x, targets = x.flatten(0, 1), targets.flatten()
     if not NO_KERNELS:
         return kernels.linear_cross_entropy(x, weight, targets, ignore_index=-1)  # never holds all the logits
-    logits = F.linear(x, weight)
+    return logits_loss(F.linear(x, weight), targets)
+
+def logits_loss(logits, targets):
+    """Mean cross-entropy of logits (N, V) against targets (N,), computed in float32 at least."""
     return F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, targets, ignore_index=-1)
 
 def build(config):
@@ -1325,11 +1327,15 @@ FORMAT = 1  # a higher number comes from a newer gpt.py
 MAY_CHANGE = {"out", "resume", "overwrite", "data", "steps", "minutes", "device", "dtype", "attention", "compile",
               "checkpoint_activations", "eval_every", "save_every", "probe"}  # what --resume may be given
 
+def can_resume(folder):
+    """Whether a run has left in a folder what `--resume` needs; best.pt is not enough."""
+    return any((folder / name).exists() for name in ("ckpt.pt", "ckpt.prev.pt"))
+
 def settle(given, device):
     """-> (settings, checkpoint, weights, tokenizer) of a run: one that goes on, a new one, or one from others' weights.
     An explicit flag beats --size, which beats --arch, which beats the defaults."""
     out = Path(given.get("out", Source.out))
-    held = any((out / name).exists() for name in ("ckpt.pt", "ckpt.prev.pt", "best.pt"))
+    held = can_resume(out) or (out / "best.pt").exists()
     if given.get("resume") or (held and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"):
         checkpoint = load_run(out, "ckpt.pt", "ckpt.prev.pt")
         settings = checkpoint["settings"]["config"] | checkpoint["settings"]["training"]
@@ -1341,7 +1347,7 @@ def settle(given, device):
         return settings | given, checkpoint, checkpoint["model"], tokenizer_from(checkpoint["tokenizer"])
     if held and not given.get("overwrite"):
         run = load_run(out, "ckpt.pt", "ckpt.prev.pt", "best.pt")
-        resume = "--resume goes on with it, " * any((out / name).exists() for name in ("ckpt.pt", "ckpt.prev.pt"))
+        resume = "--resume goes on with it, " * can_resume(out)
         raise Error(f"{out} holds a run (step {run['step']}, validation loss {show(run['val_loss'])}): {resume}"
                     "--out OTHER starts another beside it, --overwrite replaces it")
     arch, size = given.get("arch", Training.arch), given.get("size", "auto")
@@ -1562,8 +1568,8 @@ def watch(run):
     model, tokenizer, seen = run.raw, run.tokenizer, run.notes
     if not seen:
         seen["texts"] = [tokenizer.decode(tokens[:1 << 22]) for tokens in (run.train_tokens, run.val_tokens)]
-        line = max((seen["texts"][1] or seen["texts"][0])[:2000].splitlines(), key=len, default="")
-        ids = tokenizer.encode(line) if run.s.probe is None else read_prompt(run.s.probe, tokenizer)[1]
+        lines = (seen["texts"][1] or seen["texts"][0])[:2000].splitlines() or [""]
+        ids = tokenizer.encode(max(lines, key=len)) if run.s.probe is None else read_prompt(run.s.probe, tokenizer)[1]
         seen["idx"] = (ids if len(ids) else first_token(tokenizer))[:min(32, run.T)].long().to(run.device)
     def write(idx, tokens, temperature):
         rows = zip(*(ids.tolist() for ids in generate(model.eval(), idx, tokens, temperature, generator=generator)))
@@ -1703,8 +1709,7 @@ def ablate(**given):
         folder = out / f"{text(plan)} seed={seed}"
         notice(f"run {i + 1} of {len(todo)}: {folder.name}")
         with contextlib.redirect_stdout(io.StringIO()):
-            held = any((folder / name).exists() for name in ("ckpt.pt", "ckpt.prev.pt"))
-            begun = {"resume": True} if held else given | plan | {"seed": seed, "overwrite": True}
+            begun = {"resume": True} if can_resume(folder) else given | plan | {"seed": seed, "overwrite": True}
             last = train(**begun, out=str(folder))
             if last["signal"]:
                 return {"signal": last["signal"]}
