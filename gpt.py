@@ -743,7 +743,9 @@ class Run:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(given.get("device", "auto"))
         if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            # torchrun may keep its store over restarts: without the prefix, a process finds the address of one that died.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(dist.rendezvous("env://"))[0])
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store, rank=self.rank, world_size=self.world)
             stack.callback(dist.destroy_process_group)
         if self.rank == 0:
             stack.enter_context(locked(self.out))

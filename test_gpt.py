@@ -412,7 +412,10 @@ def test_two_processes_give_the_weights_of_one():
     assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
 
 def test_torchrun_restarts_a_run_whose_process_died_from_its_checkpoint():
-    Path("dying.py").write_text("""import os, sys
+    """The first process comes back late, so that the second one would find the old one's address in torchrun's store."""
+    Path("dying.py").write_text("""import os, sys, time
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "1" and os.environ["RANK"] == "0":
+    time.sleep(3)
 sys.path.insert(0, sys.argv.pop(1))
 import gpt
 real = gpt.Run.update
