@@ -234,6 +234,18 @@ def test_activation_checkpointing_changes_no_gradient():
         grads.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
 
+def test_dropout_zeroes_its_share_everywhere_alike_and_keeps_the_mean():
+    """On a CPU eight places share a random number: none of them may be favoured, and none may follow another."""
+    torch.manual_seed(0)
+    x = torch.ones(1 << 18, 8, requires_grad=True)
+    y = gpt.dropout(x, 0.1)
+    y.sum().backward()
+    zero = (y == 0).float()
+    assert torch.equal(x.grad, y) and y.max().item() == pytest.approx(1 / 0.9, abs=0.005) and y.mean().item() == pytest.approx(1, abs=1e-3)
+    assert torch.allclose(zero.mean(0), torch.tensor(26 / 256), atol=3e-3) and torch.corrcoef(zero.T).fill_diagonal_(0).abs().max() < 0.01
+    assert gpt.dropout(x, 0.0) is x and gpt.dropout(x, 0.999).isfinite().all() and not torch.equal(gpt.dropout(x, 0.1), y)
+    assert torch.equal(gpt.GPT(gpt.Config(vocab_size=5, dropout=0.5)).eval().dropout(x), x)
+
 # --- Data ------------------------------------------------------------------------------------------------------------
 
 def test_windows_reach_the_last_token_and_differ_between_processes_and_steps():
