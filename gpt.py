@@ -30,6 +30,7 @@ import zlib
 from array import array
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from heapq import heappop, heappush
 from itertools import groupby
 from operator import itemgetter
@@ -40,6 +41,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 try:  # the fused kernels beside this file; every one of them has a plain equivalent
     import kernels
@@ -110,7 +112,7 @@ class Machine(Source):
     dtype: str = setting("auto", "precision; auto: bfloat16 or float16 on a GPU that is fast in it, else float32",
                          choices="auto float32 bfloat16 float16 float64")
     attention: str = setting("auto", "attention kernel", choices="auto triton cuda sdpa plain")
-    seed: int = setting(1337, "the same seed gives the same run")
+    seed: int = setting(1337, "the same seed gives the same run (on a GPU up to rounding)")
 
 @dataclass
 class Training(Machine):
@@ -364,7 +366,7 @@ def dropout(x, p):
     decides for 8 activations, which is 4 times as fast as F.dropout, and p becomes a multiple of 1/256."""
     if not p or x.device.type != "cpu":
         return F.dropout(x, p)
-    p, noise = min(255, round(256 * p)), torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-2 ** 63, None)
+    p, noise = min(255, round(256 * p)), torch.randint(-2 ** 63, 2 ** 63 - 1, (x.numel() // 8 + 1,))
     keep = noise.view(torch.uint8)[:x.numel()].view(x.shape) >= p
     return x * keep.to(x.dtype).mul_(256 / (256 - p))
 
@@ -390,25 +392,28 @@ def fused_attention(q, k, v, dropout_p=0.0):
     TQ, TK, mask = q.size(2), k.size(2), None
     if 1 < TQ < TK:  # is_causal would align the first query with the first key
         mask = torch.ones(TQ, TK, dtype=torch.bool, device=q.device).tril(TK - TQ)
-    grouped = q.size(1) != k.size(1)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=TQ == TK, enable_gqa=grouped)
+    groups = q.size(1) // k.size(1)
+    if groups > 1 and q.device.type != "cpu":  # few kernels for GPUs know groups
+        k, v, groups = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), 1
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=TQ == TK, enable_gqa=groups > 1)
 
 def use_attention(model, impl, dtype):
     """Let the model's blocks call the attention that suits it best, or `impl`; returns what that is, and why."""
     if model.config.n_layer == 0:
         return "no attention"
     device, products = next(model.parameters()).device, torch.get_float32_matmul_precision()
+    shape, dropout = (device, dtype, model.config.head_dim), model.training and model.config.dropout > 0
     if impl == "auto" and device.type == "cpu" and model.config.block_size <= 256 and products == "medium":
         attend, reason = plain_attention, "plain attention (the fastest to train on a CPU up to context 256)"
     elif impl == "plain":
         attend, reason = plain_attention, "plain attention"
+    elif impl in ("triton", "cuda") and (why := NO_KERNELS or kernels.missing(impl, *shape, dropout)):
+        raise Error(f"--attention {impl}: {why}")
     elif not NO_KERNELS:
         attend, reason = functools.partial(kernels.attention, impl=impl), "{} attention ({})".format(
-            *kernels.describe(device, dtype, model.config.head_dim, impl))
-    elif impl in ("auto", "sdpa"):
-        attend, reason = fused_attention, f"torch's attention ({NO_KERNELS})"
+            *kernels.describe(*shape, impl, dropout))
     else:
-        raise Error(f"--attention {impl}: {NO_KERNELS}")
+        attend, reason = fused_attention, f"torch's attention ({NO_KERNELS})"
     for block in model.blocks:
         block.attn.attend = attend
     return reason
@@ -598,7 +603,7 @@ def split(tokens):
 
 def random_windows(tokens, T, shape, rank, seed, step):
     """This process's windows (accum x batch, T + 1) of one step: T inputs each, which shifted by one are the targets.
-    `shape` is (accum, processes, batch). They depend on (seed, step) alone, so no run has to remember where it was."""
+    `shape` is (accum, processes, batch). Seed, step and shape decide which, so no run has to remember where it was."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     starts = torch.randint(len(tokens) - T, shape, generator=generator)[:, rank].flatten()  # its upper end is excluded
     return torch.stack([tokens[i:i + T + 1] for i in starts.tolist()]).long()
@@ -616,12 +621,12 @@ def mean_loss(model, tokens, stride=None, batch_size=32, limit=None):
     device, training, total, counted = next(model.parameters()).device, model.training, 0.0, 0
     model.eval()
     for start in starts.split(batch_size):
-        at = start[:, None] + torch.arange(T + 1)
-        ids = tokens[at.clamp(max=N - 1)].long()
-        targets = ids[:, 1:].masked_fill(at[:, 1:] >= N, -1)
+        ids = [tokens[i:i + T + 1].long() for i in start.tolist()]
+        ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)  # the last may be shorter
+        targets = ids[:, 1:].clone()
         targets[start > 0, :T - stride] = -1
         n = int((targets >= 0).sum())
-        total += model(ids[:, :-1].to(device), targets.to(device))[1].item() * n
+        total += model(ids[:, :-1].clamp(min=0).to(device), targets.to(device))[1].item() * n
         counted += n
     model.train(training)
     return total / counted, counted
@@ -645,7 +650,7 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), params in shapes.items():
                 grad = torch.stack([p.grad for p in params])
                 state = self.state[params[0]]
-                momentum = state.setdefault("momentum", torch.zeros_like(grad))
+                momentum = state["momentum"] = state["momentum"] if state else torch.zeros_like(grad)
                 momentum.lerp_(grad, 1 - group["momentum"])
                 update = orthogonalise(grad.lerp(momentum, group["momentum"]))  # Nesterov: look ahead by one step
                 lr = group["lr"] * max(1, rows / columns) ** 0.5
@@ -654,9 +659,9 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalise(x, steps=5):
     """x (n, rows, columns) -> about the nearest matrices with all singular values 1 (they end between 0.7 and 1.2)."""
-    if x.is_cuda:
-        x = x.bfloat16()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    if x.is_cuda:  # no element is above 1 any more, so float16 will do where bfloat16 is slow
+        x = x.to(torch.bfloat16 if torch.cuda.get_device_capability(x.device) >= (8, 0) else torch.float16)
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     for _ in range(steps):  # x <- 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x moves singular values towards 1
@@ -697,6 +702,8 @@ def pick_device(name):
 
 def pick_dtype(name, device):
     """auto -> the precision that this device is fast in, and why."""
+    if name == "float64" and device.type == "mps":
+        raise Error("--dtype float64: MPS does not have it")
     if name != "auto":
         return getattr(torch, name), "as asked"
     if device.type != "cuda" or torch.version.hip:
@@ -743,7 +750,8 @@ def train(on_eval=None, started=None, **given):
         except RuntimeError as e:
             if run.world == 1:
                 raise
-            raise Error(f"process {run.rank} lost another one of this run ({str(e).splitlines()[0][:99]})", 1) from None
+            why = (str(e) or repr(e)).splitlines()[0][:99]
+            raise Error(f"process {run.rank} cannot go on; perhaps another one has died ({why})", 1) from None
 
 class Run:
     """A training run. `loop` says what it does; the methods after it say how; those before it make it ready."""
@@ -758,8 +766,10 @@ class Run:
             # torchrun's store outlives restarts: without a prefix, a process may find there the address of a dead one.
             store, rank, world = next(dist.rendezvous("env://"))
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            backend, patience = "nccl" if self.device.type == "cuda" else "gloo", timedelta(days=1)  # to tokenise
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
             stack.callback(dist.destroy_process_group)
         if self.rank == 0:
             stack.enter_context(locked(self.out))
@@ -777,7 +787,7 @@ class Run:
         self.make_model(Config(**config), weights)
         if checkpoint:
             self.restore(checkpoint)
-            if self.s.steps and self.step >= self.s.steps:
+            if self.s.steps and self.step >= self.s.steps and self.rank == 0:
                 notice(f"this run is complete; --resume --steps N, with N above {self.step}, makes it longer")
         if self.rank == 0:
             for name in ("best.pt", "ckpt.pt", "ckpt.prev.pt") if not checkpoint else ():
@@ -825,10 +835,10 @@ class Run:
         self.micro = s.batch_size  # sequences in one forward pass
         self.model = self.raw
         if s.compile == "on" or (s.compile == "auto" and self.device.type == "cuda"):
-            x = self.windows(0)[:s.batch_size, 1:].to(self.device)
+            x = self.windows(0)[:s.batch_size, 1:].to(self.device).contiguous()
             self.model = compiled(self.raw, x, precision(self.device, self.dtype))
         if self.world > 1:
-            self.model = nn.parallel.DistributedDataParallel(self.model)
+            self.model = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
         if self.rank == 0:
             V = config.vocab_size
             say(f"{self.device}, {str(self.dtype)[6:]} ({why}), {attention}\n{count(self.raw):,} parameters, {V:,} "
@@ -838,7 +848,8 @@ class Run:
         self.raw.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer"]):
             optimizer.load_state_dict(state)
-        self.scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # a run in another precision has none
+            self.scaler.load_state_dict(checkpoint["scaler"])
         self.step, self.seconds_before = checkpoint["step"], checkpoint["seconds"]
         self.history, self.last = checkpoint["history"], checkpoint["last"]
 
@@ -878,8 +889,9 @@ class Run:
         if self.world > 1:
             both = torch.tensor([progress * (self.rank == 0), self.signal], dtype=torch.float64, device=self.device)
             dist.all_reduce(both, dist.ReduceOp.MAX)
-            progress, self.signal = both[0].item(), self.signal or int(both[1].item())
-            return progress, int(both[1].item())
+            progress, signal = both.tolist()
+            self.signal = self.signal or int(signal)
+            return progress, int(signal)
         return progress, self.signal
 
     def seconds(self):
@@ -929,9 +941,10 @@ class Run:
 
     def backward(self, windows):
         """Accumulate the gradient of the mean loss over windows (rows, T + 1); returns that loss."""
+        windows = windows.to(self.device)  # all at once: a copy waits until the GPU has nothing else to do
         total, passes = torch.zeros((), device=self.device), windows.split(self.micro)
         for rows in passes:
-            x, y = rows[:, :-1].to(self.device), rows[:, 1:].to(self.device)
+            x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
             if self.world > 1:  # gradients travel between the processes once, in the last pass
                 self.model.require_backward_grad_sync = rows is passes[-1]
             with precision(self.device, self.dtype):
@@ -950,7 +963,7 @@ class Run:
             with precision(self.device, self.dtype):
                 tokens = 1 << (15 if self.device.type == "cpu" else 18)
                 limit = max(1, tokens // self.T)
-                val, _ = mean_loss(self.raw, self.val_tokens, batch_size=self.s.batch_size, limit=limit)
+                val, _ = mean_loss(self.raw, self.val_tokens, batch_size=self.micro, limit=limit)
             recent = [loss for _, loss in self.history[-3:]] + [val]
             if len(recent) == 4 and all(a < b for a, b in zip(recent, recent[1:])):
                 notice("the validation loss rose three times in a row: the model begins to memorise; "
@@ -1067,7 +1080,7 @@ def sample(**given):
     s = Sampling(**check(given, Sampling))
     if not 0 < s.top_p <= 1:
         raise Error(f"--top-p {s.top_p} must be above 0 and at most 1")
-    model, tokenizer = open_model(s)
+    model, tokenizer, _ = open_model(s, half=True)
     prompt, ids = read_prompt(s.prompt, tokenizer)
     if len(ids) > model.config.block_size:
         notice(f"the prompt has {len(ids)} tokens; the model sees the newest {model.config.block_size}")
@@ -1112,20 +1125,21 @@ def read_prompt(prompt, tokenizer):
         prompt = "".join(c for c in prompt if c in tokenizer.chars)
     return prompt, tokenizer.encode(prompt, special=True)
 
-def open_model(s):
-    """The model that --init or --out names -> (model, tokenizer), on its device and in its precision."""
+def open_model(s, half=False):
+    """The model that --init or --out names, on its device -> (model, tokenizer, the precision to call it in). If
+    `half`, the weights themselves are in a half precision: sampling, which mostly waits for them, is faster so."""
     device = pick_device(s.device)
     model, tokenizer = load_model(s.init) if s.init else from_checkpoint(load_run(Path(s.out)), s.out)
     need_tokenizer(tokenizer, s.init)
     dtype, _ = pick_dtype(s.dtype, device)
-    model.to(device, dtype)
+    model.to(device, dtype if half or dtype == torch.float64 else torch.float32)
     use_attention(model, s.attention, dtype)
-    return model, tokenizer
+    return model, tokenizer, precision(device, dtype)
 
 def evaluate(**given):
     """Loss of a model over a text, each token predicted once -> dict. Keyword arguments are the flags of `eval`."""
     s = Evaluation(**check(given, Evaluation))
-    model, tokenizer = open_model(s)
+    model, tokenizer, context = open_model(s)
     if not s.data and s.init:
         raise Error("eval --init needs --data")
     data = s.data or load_run(Path(s.out))["settings"]["training"]["data"]
@@ -1133,7 +1147,8 @@ def evaluate(**given):
     tokens = tokens if s.data else split(tokens)[1]
     if len(tokens) < 2:
         raise Error("fewer than two tokens to evaluate on")
-    loss, counted = mean_loss(model, tokens, s.stride, s.batch_size)
+    with context:
+        loss, counted = mean_loss(model, tokens, s.stride, s.batch_size)
     lengths = torch.tensor([len(token) * (i != tokenizer.eot) for i, token in enumerate(tokenizer.tokens)])
     count_bytes = sum(int(lengths[part.long()].sum()) for part in tokens[1:].split(1 << 20))
     result = {"loss": loss, "perplexity": math.exp(min(loss, 700)),
@@ -1447,6 +1462,7 @@ def need_tokenizer(tokenizer, name):
         raise Error(f"{name}: its tokenizer is none that gpt.py can read")
 
 def append_line(path, line):
+    line = json.loads(json.dumps(line), parse_constant=lambda name: None)  # JSON has neither NaN nor Infinity
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -1496,8 +1512,10 @@ def compiled(model, x, context):
     try:
         fast = torch.compile(model)
         with context:
-            loss = fast(x, x)[1]
+            loss = fast(x, x.clone())[1]  # not x twice: that would be compiled as a case of its own
         loss.backward()
+    except torch.OutOfMemoryError:
+        pass  # the first step finds how many sequences fit
     except Exception as e:  # a compiler may fail in any way; training does not need it
         why = (str(e).strip() or repr(e)).splitlines()[0][:99]
         notice(f"torch.compile does not work here ({why}); going on without")
@@ -1592,7 +1610,7 @@ def watch(run):
         return [tokenizer.decode(torch.tensor(row)) for row in rows]
     generator, training, idx = torch.Generator().manual_seed(run.s.seed), model.training, seen["idx"]
     line = {"step": run.step, **observe(model, tokenizer, idx)}
-    with contextlib.suppress(Error):  # logits that are not finite are training's concern
+    with contextlib.suppress(Error), precision(run.device, run.dtype):  # training sees to logits that are not finite
         line["greedy"] = tokenizer.decode(idx[:8]) + write(idx[None, :8], 12, 0)[0]
         if run.history[-1][0] == run.step:  # an evaluation
             line["samples"] = texts = write(first_token(tokenizer).to(run.device).expand(3, 1), 80, 0.8)
@@ -1646,7 +1664,7 @@ def inspect(**given):
     """Write inspect.html, a page without network or library, into the run's folder -> its path. In a notebook it is
     shown too. Keyword arguments are the flags of `inspect`."""
     s = Inspection(**check(given, Inspection))
-    (model, tokenizer), out, log, records = open_model(s), Path(s.out), [], []
+    (model, tokenizer, context), out, log, records = open_model(s), Path(s.out), [], []
     config, V, train, val = model.config, len(tokenizer.tokens), torch.zeros(0), torch.zeros(0)
     if not s.init:
         log, records = read_lines(out / "log.jsonl"), read_lines(out / "probe.jsonl") if not s.probe else []
@@ -1669,7 +1687,8 @@ def inspect(**given):
     scores, each, layers = {}, None, []
     if config.n_layer and len(val) > 16:
         notice(f"measuring what {config.n_layer * config.n_head} heads are worth")
-        scores, (each, layers) = roles(model, val[:min(256, config.block_size)].long()), worth(model, val)
+        with context:
+            scores, (each, layers) = roles(model, val[:min(256, config.block_size)].long()), worth(model, val)
     heads = [dict(layer=l, head=h, worth=each and each[l][h],
                   scores={role: x[l, h].item() for role, x in scores.items()})
              for l in shown_layers(config).tolist() for h in range(config.n_head)][:36]
