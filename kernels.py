@@ -50,10 +50,7 @@ def constant(function):
     """Remembers results. The mark is what torch.compiler.assume_constant_result sets: torch.compile calls the function
     while it traces and keeps the answer. That decorator itself would import 0.7 s of compiler into every run."""
     remembered = functools.lru_cache(None)(function)
-
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        return remembered(*args, **kwargs)
+    call = functools.wraps(function)(lambda *args, **kwargs: remembered(*args, **kwargs))
     call._dynamo_marked_constant = True
     return call
 
@@ -315,13 +312,8 @@ def load_rows(base, stride, start, n_rows, ROWS: tl.constexpr, D: tl.constexpr, 
     Only the tile's origin is a 64-bit offset: within the tile 32 bits do, and save registers."""
     i, d = tl.arange(0, ROWS), tl.arange(0, DP)
     at = base + tl.cast(start, tl.int64) * stride + (i[:, None] * stride + d[None, :])
-    if CHECK:
-        tile = tl.load(at, mask=(i[:, None] < n_rows - start) & (d[None, :] < D), other=0.0)
-    elif D < DP:
-        tile = tl.load(at, mask=d[None, :] < D, other=0.0)
-    else:
-        tile = tl.load(at)
-    return tile
+    there = (i[:, None] < n_rows - start) & (d[None, :] < D)
+    return tl.load(at, mask=there, other=0.0) if CHECK or D < DP else tl.load(at)
 
 @jit
 def store_rows(base, stride, start, n_rows, tile, D: tl.constexpr, DP: tl.constexpr):
@@ -355,7 +347,7 @@ def dropout(x, SEED, head, row, n, TK, dropout_p):
 def attention_forward_kernel(Q, K, V, O, L, SEED, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
                              H, H_kv, TQ, TK, scale_log2, dropout_p,
                              D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                             CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
+                             CAUSAL: tl.constexpr, DROPOUT: tl.constexpr):
     block, b, h = whose_block(TQ, H, BM)
     block = tl.cdiv(TQ, BM) - 1 - block                           # the last queries see most keys, so they start first
     head, h_kv = b * H + h, h // (H // H_kv)
@@ -370,13 +362,12 @@ def attention_forward_kernel(Q, K, V, O, L, SEED, sqb, sqh, sqt, skb, skh, skt, 
         for n0 in range(start, stop, BN):
             n = n0 + tl.arange(0, BN)
             k = load_rows(K + b * skb + h_kv * skh, skt, n0, TK, BN, D, DP, PHASE == 1)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            s = tl.dot(q, tl.trans(k), input_precision='ieee')
             if PHASE == 1:
                 s = tl.where(visible(row[:, None], n[None, :], TQ, TK, CAUSAL), s, float('-inf'))
             m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
-            m_safe = m_new
-            if PHASE == 1:                                        # a query that has seen no key: -inf - -inf is NaN
-                m_safe = tl.where(m_new == float('-inf'), 0.0, m_new)
+            # A query may have seen no key in a tile with a mask: -inf - -inf would be NaN.
+            m_safe = tl.where(m_new == float('-inf'), 0.0, m_new) if PHASE == 1 else m_new
             p = tl.exp2(s * scale_log2 - m_safe[:, None])         # one multiply-add and one exp2 per element
             alpha = tl.exp2(m - m_safe)
             l = l * alpha + tl.sum(p, 1)
@@ -384,7 +375,7 @@ def attention_forward_kernel(Q, K, V, O, L, SEED, sqb, sqh, sqt, skb, skh, skt, 
             if DROPOUT:                                           # after l: it acts on the normalised weights
                 p = dropout(p, SEED, head, row[:, None], n[None, :], TK, dropout_p)
             v = load_rows(V + b * svb + h_kv * svh, svt, n0, TK, BN, D, DP, PHASE == 1)
-            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision='ieee')
     # A query without keys gives 0, and L = inf makes its weights 0 in the backward pass.
     l_safe = tl.where(l > 0, l, 1.0)
     tl.store(L + head * TQ + row, tl.where(l > 0, m + tl.log2(l_safe), float('inf')), mask=row < TQ)
@@ -403,7 +394,7 @@ def attention_forward_kernel(Q, K, V, O, L, SEED, sqb, sqh, sqt, skb, skh, skt, 
 def attention_dq_kernel(Q, K, V, O, DO, DQ, L, DELTA, SEED, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
                         H, H_kv, TQ, TK, scale, scale_log2, dropout_p,
                         D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                        CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
+                        CAUSAL: tl.constexpr, DROPOUT: tl.constexpr):
     block, b, h = whose_block(TQ, H, BM)
     block = tl.cdiv(TQ, BM) - 1 - block
     head, h_kv = b * H + h, h // (H // H_kv)
@@ -422,21 +413,21 @@ def attention_dq_kernel(Q, K, V, O, DO, DQ, L, DELTA, SEED, sqb, sqh, sqt, skb, 
             n = n0 + tl.arange(0, BN)
             k = load_rows(K + b * skb + h_kv * skh, skt, n0, TK, BN, D, DP, PHASE == 1)
             v = load_rows(V + b * svb + h_kv * svh, svt, n0, TK, BN, D, DP, PHASE == 1)
-            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - l[:, None])
+            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision='ieee') * scale_log2 - l[:, None])
             if PHASE == 1:
                 p = tl.where(visible(row[:, None], n[None, :], TQ, TK, CAUSAL), p, 0.0)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            dp = tl.dot(do, tl.trans(v), input_precision='ieee')
             if DROPOUT:
                 dp = dropout(dp, SEED, head, row[:, None], n[None, :], TK, dropout_p)
             ds = p * (dp - delta[:, None])
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision='ieee')
     store_rows(DQ + (b * TQ * H + h) * D, H * D, m0, TQ, dq * scale, D, DP)
 
 @jit
 def attention_dkv_kernel(Q, K, V, DO, DK, DV, L, DELTA, SEED, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
                          H, H_kv, TQ, TK, scale, scale_log2, dropout_p,
                          D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                         CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
+                         CAUSAL: tl.constexpr, DROPOUT: tl.constexpr):
     block, b, h_kv = whose_block(TK, H_kv, BN)                    # BN keys of one kv head; the first have most queries
     n0 = block * BN
     n = n0 + tl.arange(0, BN)
@@ -461,17 +452,17 @@ def attention_dkv_kernel(Q, K, V, DO, DK, DV, L, DELTA, SEED, sqb, sqh, sqt, skb
                 l = tl.load(L + head * TQ + row, mask=row < TQ, other=float('inf'))
                 delta = tl.load(DELTA + head * TQ + row, mask=row < TQ, other=0.0)
                 # All tiles transposed, (BN, BM): P^T and dS^T are then the left operands of their products as they are.
-                pt = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - l[None, :])
+                pt = tl.exp2(tl.dot(k, tl.trans(q), input_precision='ieee') * scale_log2 - l[None, :])
                 if PHASE == 0:
                     pt = tl.where(visible(row[None, :], n[:, None], TQ, TK, True), pt, 0.0)
-                dpt = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                dpt = tl.dot(v, tl.trans(do), input_precision='ieee')
                 kept = pt
                 if DROPOUT:
                     kept = dropout(pt, SEED, head, row[None, :], n[:, None], TK, dropout_p)
                     dpt = dropout(dpt, SEED, head, row[None, :], n[:, None], TK, dropout_p)
-                dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
+                dv = tl.dot(kept.to(do.dtype), do, dv, input_precision='ieee')
                 dst = pt * (dpt - delta[None, :])
-                dk = tl.dot(dst.to(q.dtype), q, dk, input_precision=PRECISION)
+                dk = tl.dot(dst.to(q.dtype), q, dk, input_precision='ieee')
     store_rows(DK + (b * TK * H_kv + h_kv) * D, H_kv * D, n0, TK, dk * scale, D, DP)
     store_rows(DV + (b * TK * H_kv + h_kv) * D, H_kv * D, n0, TK, dv, D, DP)
 
@@ -491,23 +482,8 @@ def attention_constants(device, dtype, D, causal, dropout):
     DP, tiles = max(triton.next_power_of_2(D), 16), INTERPRETER_TILES
     if device.type == 'cuda':
         tiles = FLOAT32_TILES if dtype == torch.float32 else TILES[max(DP, 64), capability(device) == (9, 0)]
-    return [dict(D=D, DP=DP, BM=BM, BN=BN, CAUSAL=causal, DROPOUT=dropout, PRECISION='ieee', num_warps=warps,
+    return [dict(D=D, DP=DP, BM=BM, BN=BN, CAUSAL=causal, DROPOUT=dropout, num_warps=warps,
                  num_stages=stages) for BM, BN, warps, stages in tiles]
-
-def triton_forward(q, k, v, o, l, seed, causal, dropout_p, scale):
-    (B, H, TQ, D), (_, H_kv, TK, _) = q.shape, k.shape
-    constants, _, _ = attention_constants(q.device, q.dtype, D, causal, dropout_p > 0)
-    seed = q if seed is None else seed                            # without dropout nobody reads it
-    launch(attention_forward_kernel, (triton.cdiv(TQ, constants['BM']) * B * H,), q, k, v, o, l, seed,
-           *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], H, H_kv, TQ, TK, scale * LOG2E, dropout_p, **constants)
-
-def triton_backward(q, k, v, o, do, l, dq, dk, dv, delta, seed, causal, dropout_p, scale):
-    (B, H, TQ, D), (_, H_kv, TK, _) = q.shape, k.shape
-    _, for_dq, for_dkv = attention_constants(q.device, q.dtype, D, causal, dropout_p > 0)
-    rest = (l, delta, q if seed is None else seed, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], H, H_kv, TQ, TK,
-            scale, scale * LOG2E, dropout_p)
-    launch(attention_dq_kernel, (triton.cdiv(TQ, for_dq['BM']) * B * H,), q, k, v, o, do, dq, *rest, **for_dq)
-    launch(attention_dkv_kernel, (triton.cdiv(TK, for_dkv['BN']) * B * H_kv,), q, k, v, do, dk, dv, *rest, **for_dkv)
 
 
 # --- Attention in CUDA C++, for Turing
@@ -529,7 +505,7 @@ struct alignas(16) Vec { u32 x, y, z, w; };                                    /
 #define INLINE __device__ __forceinline__
 #define KERNEL extern "C" __global__ void __launch_bounds__(128)
 
-#ifndef EMULATE                  // six instructions; the tests put their own in place of them
+#ifndef EMULATE                  // five instructions; the tests put their own in place of them
 INLINE u16 half_bits(float x) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x)); return h; }
 INLINE float to_float(u16 h) { float x; asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h)); return x; }
 INLINE float shuffle_xor(float x, int m) { return __shfl_xor_sync(0xffffffffu, x, m); }
@@ -537,25 +513,16 @@ INLINE void mma_16x8x8(float c[4], u32 a0, u32 a1, u32 b) {
     asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b));
 }
-INLINE void mma_16x8x16(float c[4], const u32 a[4], u32 b0, u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 INLINE void load_transposed(u32 &b0, u32 &b1, const u16 *row) {   // two 8 x 8 blocks; lane i points at row i of 16
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
         : "=r"(b0), "=r"(b1) : "r"((u32)__cvta_generic_to_shared(row)));
 }
 #endif
 
-// C (16 x 8) += A (16 x 16) B (16 x 8). Turing has only the half-depth instruction.
+// C (16 x 8) += A (16 x 16) B (16 x 8), in two halves: Turing has no deeper instruction, and newer GPUs have this one.
 INLINE void mma(float c[4], const u32 a[4], u32 b0, u32 b1) {
-#if __CUDA_ARCH__ >= 800
-    mma_16x8x16(c, a, b0, b1);
-#else
     mma_16x8x8(c, a[0], a[1], b0);
     mma_16x8x8(c, a[2], a[3], b1);
-#endif
 }
 INLINE u32 pack(float low, float high) { return half_bits(low) | (u32)half_bits(high) << 16; }
 
@@ -823,16 +790,6 @@ def launch_cuda(name, grid, x, *arguments):
         stream = torch.cuda.current_stream().cuda_stream
         checked(driver.cuLaunchKernel(function, *grid, 1, 128, 1, 1, 0, stream, ctypes.addressof(places), 0))
 
-def cuda_forward(q, k, v, o, l, seed, causal, dropout_p, scale):
-    (B, H, TQ, _), arguments = q.shape, attention_arguments(q, k, v, causal, scale, O=o, L=l)
-    launch_cuda('attention_forward', (-(-TQ // 64), B * H), q, arguments)
-
-def cuda_backward(q, k, v, o, do, l, dq, dk, dv, delta, seed, causal, dropout_p, scale):
-    (B, H, TQ, _), (_, H_kv, TK, _) = q.shape, k.shape
-    arguments = attention_arguments(q, k, v, causal, scale, O=o, DO=do, DQ=dq, DK=dk, DV=dv, L=l, DELTA=delta)
-    launch_cuda('attention_dq', (-(-TQ // 64), B * H), q, arguments)
-    launch_cuda('attention_dkv', (-(-TK // 64), B * H_kv), q, arguments)
-
 
 # --- Attention: one door
 
@@ -863,9 +820,18 @@ def fake_attention(q, k, v, *rest):
 def attention_backward(do, q, k, v, o, l, seed, causal, dropout_p, scale, impl):
     q, k, v = (readable(x, impl) for x in (q, k, v))
     do, o = as_rows(do), as_rows(o)
-    dq, dk, dv = new_rows(q), new_rows(k), new_rows(v)
-    run = triton_backward if impl == 'triton' else cuda_backward
-    run(q, k, v, o, do, l, dq, dk, dv, torch.empty_like(l), seed, causal, dropout_p, scale)
+    dq, dk, dv, delta = new_rows(q), new_rows(k), new_rows(v), torch.empty_like(l)
+    (B, H, TQ, D), (_, H_kv, TK, _) = q.shape, k.shape
+    if impl == 'cuda':
+        arguments = attention_arguments(q, k, v, causal, scale, O=o, DO=do, DQ=dq, DK=dk, DV=dv, L=l, DELTA=delta)
+        launch_cuda('attention_dq', (-(-TQ // 64), B * H), q, arguments)
+        launch_cuda('attention_dkv', (-(-TK // 64), B * H_kv), q, arguments)
+        return dq, dk, dv
+    _, for_dq, for_dkv = attention_constants(q.device, q.dtype, D, causal, dropout_p > 0)
+    rest = (l, delta, q if seed is None else seed, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], H, H_kv, TQ, TK,
+            scale, scale * LOG2E, dropout_p)
+    launch(attention_dq_kernel, (triton.cdiv(TQ, for_dq['BM']) * B * H,), q, k, v, o, do, dq, *rest, **for_dq)
+    launch(attention_dkv_kernel, (triton.cdiv(TK, for_dkv['BN']) * B * H_kv,), q, k, v, do, dk, dv, *rest, **for_dkv)
     return dq, dk, dv
 
 def save_attention(ctx, inputs, output):
@@ -881,8 +847,15 @@ def grad_attention(ctx, do, dl):
 def attention_forward(q, k, v, seed, causal, dropout_p, scale, impl):
     q, k, v = (readable(x, impl) for x in (q, k, v))
     o, l = fake_attention(q, k, v)
-    run = triton_forward if impl == 'triton' else cuda_forward
-    run(q, k, v, o, l, seed, causal, dropout_p, scale)
+    (B, H, TQ, D), (_, H_kv, TK, _) = q.shape, k.shape
+    if impl == 'cuda':
+        arguments = attention_arguments(q, k, v, causal, scale, O=o, L=l)
+        launch_cuda('attention_forward', (-(-TQ // 64), B * H), q, arguments)
+        return o, l
+    constants, _, _ = attention_constants(q.device, q.dtype, D, causal, dropout_p > 0)
+    seed = q if seed is None else seed                            # without dropout nobody reads it
+    launch(attention_forward_kernel, (triton.cdiv(TQ, constants['BM']) * B * H,), q, k, v, o, l, seed,
+           *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], H, H_kv, TQ, TK, scale * LOG2E, dropout_p, **constants)
     return o, l
 
 def attention(q, k, v, causal=True, dropout_p=0.0, scale=None, impl='auto'):
@@ -916,8 +889,7 @@ def attention(q, k, v, causal=True, dropout_p=0.0, scale=None, impl='auto'):
 # mask over the whole cache. The grid depends on shapes alone, and lengths stay on the device: CUDA graphs work.
 @jit
 def decode_kernel(Q, K, V, LENGTHS, ACC, ML, sqb, sqh, skb, skh, skt, svb, svh, svt, H_kv, SPLITS, scale_log2,
-                  D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr,
-                  PRECISION: tl.constexpr):
+                  D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr):
     b, h_kv = (tl.program_id(0) // H_kv).to(tl.int64), (tl.program_id(0) % H_kv).to(tl.int64)
     split = tl.program_id(1)
     length = tl.load(LENGTHS + b)
@@ -932,13 +904,13 @@ def decode_kernel(Q, K, V, LENGTHS, ACC, ML, sqb, sqh, skb, skh, skt, svb, svh, 
     for n0 in range(start, stop, BN):
         n = n0 + tl.arange(0, BN)
         k = load_rows(K + b * skb + h_kv * skh, skt, n0, stop, BN, D, DP, True)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        s = tl.dot(q, tl.trans(k), input_precision='ieee') * scale_log2
         s = tl.where(n[None, :] < stop, s, float('-inf'))
         m_new = tl.maximum(m, tl.max(s, 1))
         p = tl.exp2(s - m_new[:, None])
         alpha = tl.exp2(m - m_new)
         v = load_rows(V + b * svb + h_kv * svh, svt, n0, stop, BN, D, DP, True)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision='ieee')
         l = l * alpha + tl.sum(p, 1)
         m = m_new
     at = (tl.program_id(0).to(tl.int64) * SPLITS + split) * GP    # ACC (B * H_kv, SPLITS, GP, D), ML (..., GP, 2)
@@ -961,25 +933,19 @@ def decode_combine_kernel(ACC, ML, O, SPLITS, D: tl.constexpr, DP: tl.constexpr,
     row = tl.program_id(0).to(tl.int64) * G + tl.program_id(1)    # b * H + h
     tl.store(O + row * D + d, o.to(O.dtype.element_ty), mask=d < D)
 
-def decode_splits(rows, T_max, device):
-    """Enough slices for two programs per multiprocessor, but none under 128 keys."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 2
-    return max(1, min(-(-2 * processors // rows), -(-T_max // 128), 64))
-
 @op('(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths) -> Tensor', fake=lambda q, *rest: q.new_empty(q.shape))
 def decode_forward(q, k_cache, v_cache, lengths):
     (B, H, _, D), (_, H_kv, T_max, _) = q.shape, k_cache.shape
     q, k, v = (readable(x, 'triton') for x in (q, k_cache, v_cache))
-    splits, G, DP = decode_splits(B * H_kv, T_max, q.device), H // H_kv, max(16, triton.next_power_of_2(D))
-    GP = max(16, triton.next_power_of_2(G))
-    acc = q.new_empty((B * H_kv, splits, GP, D), dtype=torch.float32)
-    ml = q.new_empty((B * H_kv, splits, GP, 2), dtype=torch.float32)
+    # Enough slices for two programs per multiprocessor, but none under 128 keys.
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
+    splits, G = max(1, min(-(-2 * processors // (B * H_kv)), -(-T_max // 128), 64)), H // H_kv
+    sizes = dict(D=D, DP=max(16, triton.next_power_of_2(D)), G=G, GP=(GP := max(16, triton.next_power_of_2(G))))
+    acc, ml = (q.new_empty((B * H_kv, splits, GP, n), dtype=torch.float32) for n in (D, 2))
     o = q.new_empty(q.shape)
-    launch(decode_kernel, (B * H_kv, splits), q, k, v, lengths.contiguous(), acc, ml, *q.stride()[:2],
-           *k.stride()[:3], *v.stride()[:3], H_kv, splits, D ** -0.5 * LOG2E, D=D, DP=DP, G=G, GP=GP,
-           BN=64 if DP <= 64 else 32, PRECISION='ieee')
-    launch(decode_combine_kernel, (B * H_kv, G), acc, ml, o, splits, D=D, DP=DP, G=G, GP=GP,
-           SP=triton.next_power_of_2(splits))
+    launch(decode_kernel, (B * H_kv, splits), q, k, v, lengths.contiguous(), acc, ml, *q.stride()[:2], *k.stride()[:3],
+           *v.stride()[:3], H_kv, splits, D ** -0.5 * LOG2E, BN=64 if D <= 64 else 32, **sizes)
+    launch(decode_combine_kernel, (B * H_kv, G), acc, ml, o, splits, SP=triton.next_power_of_2(splits), **sizes)
     return o
 
 def decode_attention(q, k_cache, v_cache, lengths, impl='auto'):
@@ -1195,16 +1161,14 @@ def main(argv=None):
     where = torch.cuda.get_device_name() if gpu else 'CPU'
     print(f'{where}, torch {torch.__version__}, triton {triton and triton.__version__}')
     print('share of matmul {TFLOP/s:.3g} TFLOP/s or copy {GB/s:.3g} GB/s; error against float64'.format(**ceilings))
-    columns = ('{name:21}{impl:7}{dtype:9}{error:>8}{shape:>17}{forward_ms:>8}{backward_ms:>8}{rate:>8} {unit:8}'
-               '{share:>6}{memory_mb:>8} {ran:.40}')
-    names = dict(forward_ms='fwd ms', backward_ms='bwd ms', memory_mb='MB', unit='', ran='longest kernel')
+    line = '{:21}{:7}{:9}{:>8}{:>17}{:>8}{:>8}{:>8} {:8}{:>6}{:>8} {:.40}'.format
     keys = 'name impl dtype error shape forward_ms backward_ms rate unit share memory_mb ran'.split()
-    print(columns.format(**{key: names.get(key, key) for key in keys}))
+    print(line(*'name impl dtype error shape fwd_ms bwd_ms rate unit share MB longest_kernel'.split()))
     rows = []
     for small, big in zip(cases(device, False), cases(device, True)):
         rows.append(row := measure(device, small, big, ceilings))
-        text = {key: f'{row[key]:.3g}' if isinstance(row.get(key), float) else row.get(key) or '-' for key in keys}
-        print(columns.format(**text) + ('' if row['ok'] else '  WRONG'), flush=True)
+        text = (f'{x:.3g}' if isinstance(x, float) else x or '-' for x in map(row.get, keys))
+        print(line(*text) + ('' if row['ok'] else '  WRONG'), flush=True)
     if args.json:
         table = dict(device=str(device), ceilings=ceilings, rows=rows)
         pathlib.Path(args.json).write_text(json.dumps(table, indent=1), 'utf-8')
