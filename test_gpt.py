@@ -1494,14 +1494,23 @@ def load_kernels(replace=None, name='kernels'):
     spec.loader.exec_module(module)
     return module
 
-def run_alone(function, **environment):
-    """Runs a function of this file in a process of its own: Triton's interpreter is switched on before the first import
-    of triton and then holds for the whole process."""
-    code = f'import {Path(__file__).stem} as tests; tests.{function.__name__}()'
-    result = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=HERE, capture_output=True, text=True,
-                            env={**os.environ, 'OMP_NUM_THREADS': '1', **environment})
-    assert result.returncode == 0, result.stdout + result.stderr
-    print(result.stdout)
+def alone(**environment):
+    """Runs a test in a process of its own: Triton's interpreter is switched on before the first import of triton and
+    then holds for the whole process."""
+    def make(test):
+        def run():
+            code = f'import {Path(__file__).stem} as tests; tests.{test.__name__}.here()'
+            env = {**os.environ, 'OMP_NUM_THREADS': '1', 'TRITON_CACHE_DIR': os.getcwd(), **environment}
+            result = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=HERE, capture_output=True,
+                                    text=True, env=env)
+            assert result.returncode == 0, result.stdout + result.stderr
+            print(result.stdout)
+        run.__name__, run.__doc__, run.here = test.__name__, test.__doc__, test
+        return run
+    return make
+
+def in_interpreter(test):
+    return needs_interpreter(alone(TRITON_INTERPRET='1')(test))
 
 @pytest.fixture(scope='module')
 def kernels():
@@ -1603,7 +1612,9 @@ def check_softmax(kernels, impl, n, dtype, rows=3, device='cpu'):
 
 # --- Triton kernels in the interpreter
 
-def alone_attention_cases():
+@in_interpreter
+def test_triton_attention_agrees_with_float64():
+    """Guards against wrong masks, offsets, strides, groups, ragged ends and unwritten outputs, forward and backward."""
     torch.use_deterministic_algorithms(True)   # and every new tensor is full of NaN: reading before writing shows
     kernels = load_kernels()
     assert torch.empty(1).isnan()
@@ -1615,29 +1626,21 @@ def alone_attention_cases():
         assert attention_error(kernels, [17, 16, (4, 2), True, 0, 'fused', torch.float32]) < TOLERANCE[torch.float32]
     print(f'{len(cases)} attention cases agree with float64')
 
-@needs_interpreter
-def test_triton_attention_agrees_with_float64():
-    """Guards against wrong masks, offsets, strides, groups, ragged ends and unwritten outputs, forward and backward."""
-    run_alone(alone_attention_cases, TRITON_INTERPRET='1')
-
 PLANTED = [('(n <= row + TK - TQ)', '(n < row + TK - TQ)', 'the mask hides the diagonal'),
            ('acc * alpha[:, None]', 'acc', 'the sum is not rescaled at a new maximum'),
            ('(dpt - delta[None, :])', 'dpt', 'dK without delta'),
            ('block * BM + 1 + TK - TQ', 'block * BM + 2 + TK - TQ + BN', 'a tile of the diagonal goes without a mask'),
            ('h // (H // H_kv)', 'h % H_kv', 'heads are grouped in the wrong order')]
 
-def alone_planted_bugs():
+@in_interpreter
+def test_planted_bugs_in_triton_are_seen():
+    """Guards against tests that pass whatever the kernels do."""
     case = [128, 64, (4, 2), True, 0, 'transposed', torch.float32]
     assert attention_error(load_kernels(), case) < TOLERANCE[torch.float32]
     for old, new, what in PLANTED:
         error = attention_error(load_kernels(replace=(old, new)), case)
         print(f'planted: {what}: error {error:.1e}')
         assert error > 1e-3, what
-
-@needs_interpreter
-def test_planted_bugs_in_triton_are_seen():
-    """Guards against tests that pass whatever the kernels do."""
-    run_alone(alone_planted_bugs, TRITON_INTERPRET='1')
 
 def philox_uniform(seed, counter):
     """Philox 4x32-10 (Salmon et al. 2011), first output, in [0, 1): from the paper, not from Triton."""
@@ -1654,7 +1657,9 @@ def philox_uniform(seed, counter):
     signed = torch.where(c[0] >= 2**31, 2**32 - 1 - c[0], c[0])    # Triton folds negative numbers back: -x - 1
     return signed * 4.6566127342e-10
 
-def alone_dropout():
+@in_interpreter
+def test_dropout_mask_can_be_rebuilt():
+    """Guards against a backward pass that drops other elements than the forward pass, and against a biased mask."""
     kernels = load_kernels()
     q, k, v, do = attention_inputs(4, 2, 77, 100, 64, torch.float32)
     B, H, TQ, TK, p = 2, 4, 77, 100, 0.3
@@ -1669,12 +1674,9 @@ def alone_dropout():
     assert error < 2e-6, error
     print(f'dropout: the mask rebuilt from the seed gives the same numbers, {error:.1e}')
 
-@needs_interpreter
-def test_dropout_mask_can_be_rebuilt():
-    """Guards against a backward pass that drops other elements than the forward pass, and against a biased mask."""
-    run_alone(alone_dropout, TRITON_INTERPRET='1')
-
-def alone_other_kernels():
+@in_interpreter
+def test_triton_decode_and_softmax_agree_with_float64():
+    """Guards against wrong combination of slices, reads beyond a sequence's length, empty slices and overflow."""
     torch.use_deterministic_algorithms(True)
     kernels = load_kernels()
     single, half = torch.float32, torch.float16
@@ -1685,12 +1687,9 @@ def alone_other_kernels():
         check_softmax(kernels, 'triton', n, dtype)
     print('decode, softmax agree with float64;', dict(kernels.calls))
 
-@needs_interpreter
-def test_triton_decode_and_softmax_agree_with_float64():
-    """Guards against wrong combination of slices, reads beyond a sequence's length, empty slices and overflow."""
-    run_alone(alone_other_kernels, TRITON_INTERPRET='1')
-
-def alone_ops():
+@in_interpreter
+def test_ops_compile_and_self_check():
+    """Guards against graph breaks, wrong shapes under torch.compile, recompilation per length and wrong kernels."""
     kernels = load_kernels()
     q, k, v, do = attention_inputs(4, 2, 40, 40, 16, torch.float32)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
@@ -1728,11 +1727,6 @@ def alone_ops():
                 name, reason = kernels.choose(*(x.to(dtype) for x in (q, k, v)))
         assert name == 'sdpa' and problem in reason and len(warned) == 1, reason
     print('ops: opcheck, one op per graph, self-check')
-
-@needs_interpreter
-def test_ops_compile_and_self_check():
-    """Guards against graph breaks, wrong shapes under torch.compile, recompilation per length and wrong kernels."""
-    run_alone(alone_ops, TRITON_INTERPRET='1')
 
 # --- CUDA C++ on an emulator
 
@@ -1926,7 +1920,11 @@ def report(name, arch, registers, spills, shared, code):
           + ', '.join(f'{n} {i}' for i, n in tensor.items() if n))
     return sum(tensor.values())
 
-def alone_compile_triton():
+@needs_triton
+@alone(TRITON_INTERPRET='0')
+def test_triton_compiles_without_spills():
+    """Guards against kernels that compile only in the interpreter, tiles beyond the shared memory of a GPU, register
+    spills at D = 64 (RTX 50: a few) and products that miss the tensor cores."""
     kernels, gpu = load_kernels(), torch.device('cuda')
     names = ('attention_forward_kernel', 'attention_dq_kernel', 'attention_dkv_kernel')
     limit = {75: 65536, 80: 101376, 90: 232448, 120: 101376}   # bytes a block may have; sm_86 has 8.0's tiles and less
@@ -1956,12 +1954,6 @@ def alone_compile_triton():
             if dtype != 'fp32' and ('attention' in name or name == 'decode_kernel'):
                 assert tensor, f'{label} has no tensor-core instructions'
 
-@needs_triton
-def test_triton_compiles_without_spills(tmp_path):
-    """Guards against kernels that compile only in the interpreter, tiles beyond the shared memory of a GPU, register
-    spills at D = 64 (RTX 50: a few) and products that miss the tensor cores."""
-    run_alone(alone_compile_triton, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET='0')
-
 def have_nvrtc():
     return have('cuda') and have('cuda.bindings') and have('nvidia') and have('triton')
 
@@ -1969,7 +1961,7 @@ def have_nvrtc():
 def test_cuda_cpp_compiles_without_spills(kernels, tmp_path, monkeypatch):
     """Guards against CUDA C++ that NVRTC refuses, spills, shared memory above 48 KB and missing tensor-core code."""
     monkeypatch.setenv('GPT_CACHE', str(tmp_path))
-    for arch in (75, 80, 90):
+    for arch in (75, 80, 90, 120):
         usage, code = read_cubin(kernels.cuda_image(f'sm_{arch}'))
         for name, (registers, stack, shared) in usage.items():
             part = code[code.index(f'.text.{name}:'):]
@@ -1982,7 +1974,7 @@ def test_cuda_cpp_compiles_without_spills(kernels, tmp_path, monkeypatch):
     assert b'.target sm_75' in kernels.cuda_image('compute_75')   # PTX for the T4 path on newer GPUs
     written = lambda: {path: path.stat().st_mtime_ns for path in tmp_path.glob('kernels-*')}
     before = written()
-    assert len(before) == 4 and kernels.cuda_image('sm_75') and written() == before
+    assert len(before) == 5 and kernels.cuda_image('sm_75') and written() == before
 
 # --- A real GPU
 
@@ -2018,13 +2010,10 @@ def check_machine(device, impl, dtypes, cases):
     print(device, dict(kernels.calls))
     return kernels
 
-def alone_machine():
-    check_machine('cpu', 'triton', [torch.float16], [[17, 48, (4, 1), True, 51, 'gaps', None]])
-
-@needs_interpreter
+@in_interpreter
 def test_what_a_gpu_will_be_asked_runs_here():
     """Guards against typing errors in the test below, which most machines skip."""
-    run_alone(alone_machine, TRITON_INTERPRET='1')
+    check_machine('cpu', 'triton', [torch.float16], [[17, 48, (4, 1), True, 51, 'gaps', None]])
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_kernels_on_this_gpu(monkeypatch):
@@ -2160,7 +2149,9 @@ def test_rules(monkeypatch):
         kernels.SDPA_WINS.add(((9, 0), 64))
         assert pretend(kernels, monkeypatch, capability)()[0] == name
 
-def alone_refusals():
+@in_interpreter
+def test_kernels_refuse_what_they_cannot_read():
+    """Guards against kernels that read beyond a tensor, or that overflow under a scale that is not positive."""
     kernels = load_kernels()
     q, k, v, _ = attention_inputs(4, 2, 8, 8, 16, torch.float32)
     for bad, options in (((q, k[:, :, :5], v), {}), ((q[:, :3], k, v), {}), ((q, k.half(), v), {}),
@@ -2170,11 +2161,6 @@ def alone_refusals():
     for word, x in (('plain', q), ('triton', q.double()), ('triton', torch.zeros(2, 16385)), ('cuda', q.half())):
         with pytest.raises(ValueError, match='choose one of' if word == 'plain' else 'cannot run'):
             kernels.softmax(x, impl=word)
-
-@needs_interpreter
-def test_kernels_refuse_what_they_cannot_read():
-    """Guards against kernels that read beyond a tensor, or that overflow under a scale that is not positive."""
-    run_alone(alone_refusals, TRITON_INTERPRET='1')
 
 # --- The loss
 
@@ -2206,7 +2192,9 @@ def test_loss_agrees_with_pytorch(kernels, monkeypatch):
     """Guards against wrong gradients, slices, ignored targets, dtypes and scales (a loss scaled before backward)."""
     check_loss(kernels, monkeypatch)
 
-def alone_loss():
+@in_interpreter
+def test_triton_loss_rows_agree_with_pytorch():
+    """Guards against a wrong Triton row kernel: logits overwritten too early, ragged ends, ignored rows."""
     kernels = load_kernels()
     with pytest.MonkeyPatch.context() as monkeypatch:
         check_loss(kernels, monkeypatch)
@@ -2215,11 +2203,6 @@ def alone_loss():
         loss, _ = kernels.cross_entropy_rows(torch.zeros(1, 300), torch.tensor([target]), -1, False)
         assert loss.isnan().item() == nan
     print('cross-entropy rows agree;', dict(kernels.calls))
-
-@needs_interpreter
-def test_triton_loss_rows_agree_with_pytorch():
-    """Guards against a wrong Triton row kernel: logits overwritten too early, ragged ends, ignored rows."""
-    run_alone(alone_loss, TRITON_INTERPRET='1')
 
 def test_loss_under_autocast_no_grad_and_compile(kernels, monkeypatch):
     """Guards against a loss made in bf16, gradients in another dtype than the parameters, gradients made in evaluation
