@@ -1126,7 +1126,7 @@ def measure(device, small, big, ceilings):
     truth = with_gradients(formula, [x.detach().double().requires_grad_(x.requires_grad) for x in inputs])
     error = max(relative_error(a, b) for a, b in zip(with_gradients(function, inputs), truth))
     ok = error < (1e-5 if inputs[0].dtype == torch.float32 else 3e-2)
-    row = dict(name=name, impl=impl, dtype=str(inputs[0].dtype)[6:], error=error, ok=ok)
+    row = dict(name=name, impl=impl, dtype=str(inputs[0].dtype)[6:], error=error, ok=ok, memory_mb=None)
     if INTERPRET and impl in ('triton', 'sliced'):
         return row                                                # the interpreter's time would mean nothing
     _, _, function, _, inputs, work, unit = big
@@ -1137,15 +1137,17 @@ def measure(device, small, big, ceilings):
     with torch.profiler.profile(activities=[kind]) as profile:    # asked which kernel ran, not assumed
         run()
     cost = lambda event: event.self_device_time_total if gpu else event.self_cpu_time_total
-    torch.cuda.reset_peak_memory_stats() if gpu else None
-    with_gradients(function, inputs)
-    memory = torch.cuda.max_memory_allocated() / 2**20 if gpu else None
+    longest = max(profile.key_averages(), key=cost, default=None)
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with_gradients(function, inputs)
+        row['memory_mb'] = (torch.cuda.max_memory_allocated() - before) / 2**20
     backward = milliseconds(lambda: with_gradients(function, inputs), device) - forward
     rate = work / forward / (1e9 if unit == 'TFLOP/s' else 1e6)
     return dict(row, shape=' '.join(map(str, inputs[name == 'decode_attention'].shape)), forward_ms=forward,
                 backward_ms=backward if inputs[0].requires_grad else None, rate=rate, unit=unit,
-                share=rate / ceilings[unit], memory_mb=memory,
-                ran=max(profile.key_averages(), key=cost).key.removeprefix('aten::'))
+                share=rate / ceilings[unit], ran=longest and longest.key.removeprefix('aten::'))
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description='Checks kernels.py on this machine and times it.')
@@ -1157,10 +1159,11 @@ def main(argv=None):
     a, (c, d) = torch.randn(n, n, device=device).to(dtype), torch.zeros(2, 2**28 if gpu else 2**23, device=device)
     ceilings = {'TFLOP/s': 2 * n**3 / milliseconds(lambda: a @ a, device) / 1e9,
                 'GB/s': 8 * len(c) / milliseconds(lambda: c.copy_(d), device) / 1e6}
-    del a, c, d                                                   # 2 GB that no row's memory should count
+    del a, c, d                                                   # 2 GB, which a small GPU needs below
     where = torch.cuda.get_device_name() if gpu else 'CPU'
     print(f'{where}, torch {torch.__version__}, triton {triton and triton.__version__}')
-    print('share of matmul {TFLOP/s:.3g} TFLOP/s or copy {GB/s:.3g} GB/s; error against float64'.format(**ceilings))
+    print('share of matmul {TFLOP/s:.3g} TFLOP/s or copy {GB/s:.3g} GB/s; error against float64; MB beyond inputs'
+          .format(**ceilings))
     line = '{:21}{:7}{:9}{:>8}{:>17}{:>8}{:>8}{:>8} {:8}{:>6}{:>8} {:.40}'.format
     keys = 'name impl dtype error shape forward_ms backward_ms rate unit share memory_mb ran'.split()
     print(line(*'name impl dtype error shape fwd_ms bwd_ms rate unit share MB longest_kernel'.split()))
