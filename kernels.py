@@ -50,13 +50,11 @@ def constant(function):
     """Remembers results. The mark is what torch.compiler.assume_constant_result sets: torch.compile calls the function
     while it traces and keeps the answer. That decorator itself would import 0.7 s of compiler into every run."""
     remembered = functools.lru_cache(None)(function)
-
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        return remembered(*args, **kwargs)
+    call = functools.wraps(function)(lambda *args, **kwargs: remembered(*args, **kwargs))
     call._dynamo_marked_constant = True
     return call
 
+@constant
 def capability(device):
     return torch.cuda.get_device_capability(device)
 
@@ -66,29 +64,29 @@ def has_compiler():
     return bool(os.environ.get('CC') or shutil.which('gcc') or shutil.which('clang')) and os.path.exists(header)
 
 @constant
-def missing(impl, device, dtype=None, D=64, dropout=False):
-    """Why kernels of this kind ('triton', 'cuda') cannot run here, or ''. With a dtype: why attention cannot."""
+def missing(impl, device, dtype=None, D=None, dropout=False):
+    """Why kernels of this kind ('triton', 'cuda') cannot run here, or ''. With a head size D: why attention cannot."""
     if impl == 'triton' and triton is None:
         return 'Triton is not installed'
-    if impl == 'triton' and dtype and (dtype not in FLOATS or D > 128):
-        return f'it is written for fp16, bf16 and fp32 and D <= 128, not for {str(dtype)[6:]} and D = {D}'
+    if impl == 'triton' and dtype and (dtype not in FLOATS or (D or 0) > 128):
+        return f'it is written for fp16, bf16, fp32 and D <= 128, not for {str(dtype)[6:]}' + f' and D = {D}' * bool(D)
     if impl == 'triton' and INTERPRET:
         if device.type != 'cpu':
             return 'TRITON_INTERPRET=1 runs kernels on CPU tensors only'
-        return "bf16 products are wrong in Triton's interpreter" if dtype == torch.bfloat16 else ''
+        return "bf16 products are wrong in Triton's interpreter" if D and dtype == torch.bfloat16 else ''
     if device.type != 'cuda':
         return f'the device is {device.type}'
     if not torch.version.cuda:
         return 'nobody has tried these kernels on ROCm'
     if impl == 'triton':
-        if dtype and capability(device) < (8, 0):
-            return 'below capability 8.0 Triton emits no tensor-core instructions'
+        if capability(device) < ((8, 0) if D or dtype == torch.bfloat16 else (7, 5)):
+            return 'below capability 8.0 Triton emits no tensor-core instructions and no bf16; below 7.5 nobody tried'
         return '' if has_compiler() else 'Triton needs a C compiler and Python.h'
     if capability(device) < (7, 5):
         return 'the tensor-core instructions that it uses need capability 7.5'
     if not (importlib.util.find_spec('cuda') and importlib.util.find_spec('cuda.bindings')):
         return 'the package cuda-bindings is not installed'
-    fits = dtype is None or dtype == torch.float16 and D == 64 and not dropout
+    fits = D is None or dtype == torch.float16 and D == 64 and not dropout
     return '' if fits else 'it is written for fp16 and D = 64, without dropout'
 
 def refuse(impl, reason):
@@ -121,16 +119,20 @@ def self_check(name, device, dtype, D):
     """Runs an implementation once, forward and backward, beside PyTorch's, on a ragged causal case with grouped heads.
     Returns what is wrong, or ''. Kernels have been known to compile and to return zeros (Triton issue 3478)."""
     generator, results = torch.Generator(device).manual_seed(0), []
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        inputs = [torch.randn(1, heads, 200, D, device=device, dtype=dtype, generator=generator).requires_grad_()
-                  for heads in (4, 2, 2)]
-        for impl in (name, 'sdpa'):
-            o = attention(*inputs, impl=impl)
-            results.append((o, *torch.autograd.grad(o, inputs, inputs[0].detach())))
-    worst = max(relative_error(ours, theirs) for ours, theirs in zip(*results))
-    if worst < 0.02:                                              # bf16 comes to 0.006, the others to less
-        return ''
-    problem = f'{name} attention is {worst:.1e} away from PyTorch in {dtype}, D = {D}, on {device}'
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            inputs = [torch.randn(1, heads, 200, D, device=device, dtype=dtype, generator=generator).requires_grad_()
+                      for heads in (4, 2, 2)]
+            for impl in (name, 'sdpa'):
+                o = attention(*inputs, impl=impl)
+                results.append((o, *torch.autograd.grad(o, inputs, inputs[0].detach())))
+        worst = max(relative_error(ours, theirs) for ours, theirs in zip(*results))
+        if worst < 0.02:                                          # bf16 comes to 0.006, the others to less
+            return ''
+        problem = f'is {worst:.1e} away from PyTorch'
+    except Exception as error:            # a compiler or driver that does not suit this GPU or this build of PyTorch
+        problem = f'fails, {error!r:.200},'
+    problem = f'{name} attention {problem} in {dtype}, D = {D}, on {device}'
     warnings.warn(f'{problem}; using PyTorch')
     return problem
 
@@ -145,9 +147,10 @@ def choose(q, k, v, causal=True, dropout_p=0.0, impl='auto'):
     name, reason = describe(q.device, q.dtype, D, impl, dropout)
     if name in ('sdpa', 'plain'):
         return name, reason
-    alike = q.dtype == k.dtype == v.dtype and D == k.shape[-1] and k.shape == v.shape and q.shape[0] == k.shape[0]
-    fits = alike and q.numel() and k.numel() and q.shape[1] % k.shape[1] == 0
-    odd = '' if fits else 'q, k and v do not fit together, or are empty'
+    alike = q.dtype == k.dtype == v.dtype and q.device == k.device == v.device and k.shape == v.shape
+    fits = alike and D == k.shape[-1] and q.shape[0] == k.shape[0] and q.numel() and k.numel()
+    fits = fits and q.shape[1] % k.shape[1] == 0 and (name != 'cuda' or q.shape[0] * q.shape[1] < 2**16)  # a grid's y
+    odd = '' if fits else 'q, k and v do not fit together, are empty, or have too many heads'
     if impl != 'auto':
         refuse(impl, odd)
     elif odd := odd or self_check(name, q.device, q.dtype, D):
@@ -241,12 +244,13 @@ def softmax_forward(x, impl):
 
 def softmax(x, impl='auto'):
     """Softmax over the last dimension. `impl`: auto, triton, cuda (fp16) or sdpa (PyTorch's)."""
-    fits = x.dtype in FLOATS and x.numel() > 0 and x.shape[-1] <= 65536
-    if impl == 'sdpa' or impl == 'auto' and not (x.is_cuda and fits and not missing('triton', x.device)):
+    fits = x.numel() > 0 and x.dtype in (HALF[:1] if impl == 'cuda' else FLOATS) and x.shape[-1] <= 16384   # no spills
+    if impl == 'sdpa' or impl == 'auto' and not (x.is_cuda and fits and not missing('triton', x.device, x.dtype)):
         return torch.softmax(x, -1)
-    name, fits = ('triton', fits) if impl == 'auto' else (impl, fits and (impl == 'triton' or x.dtype == torch.float16))
-    refuse(impl, missing(name, x.device) or (not fits and 'it is written for short rows of 16 or 32 bits'))
-    return softmax_forward(x, name)
+    refuse(impl, impl not in ('auto', 'triton', 'cuda') and 'choose one of auto, triton, cuda, sdpa')
+    reason = impl != 'auto' and missing(impl, x.device, x.dtype)
+    refuse(impl, reason or not fits and 'it is written for rows of at most 16,384, in fp16 (triton: bf16 and fp32 too)')
+    return softmax_forward(x, 'cuda' if impl == 'cuda' else 'triton')
 
 
 # --- Attention, the readable way, and PyTorch's
@@ -279,7 +283,8 @@ def attention_sdpa(q, k, v, causal, dropout_p, scale):
     if causal and not square and TQ > 1:                          # is_causal aligns top-left; one query sees all
         mask = causal_mask(TQ, TK, q.device)
     grouped = q.shape[1] != k.shape[1]
-    if grouped and q.device.type != 'cpu' and not (mask is None and q.dtype in HALF and capability(q.device) >= (8, 0)):
+    flash = mask is None and q.is_cuda and q.dtype in HALF and capability(q.device) >= (8, 0)
+    if grouped and q.device.type != 'cpu' and not flash:
         # Only the CPU and FlashAttention know groups; elsewhere enable_gqa falls back to the slow formula.
         k, v, grouped = *(t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v)), False
     return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal and square, scale=scale, enable_gqa=grouped)
@@ -307,13 +312,8 @@ def load_rows(base, stride, start, n_rows, ROWS: tl.constexpr, D: tl.constexpr, 
     Only the tile's origin is a 64-bit offset: within the tile 32 bits do, and save registers."""
     i, d = tl.arange(0, ROWS), tl.arange(0, DP)
     at = base + tl.cast(start, tl.int64) * stride + (i[:, None] * stride + d[None, :])
-    if CHECK:
-        tile = tl.load(at, mask=(i[:, None] < n_rows - start) & (d[None, :] < D), other=0.0)
-    elif D < DP:
-        tile = tl.load(at, mask=d[None, :] < D, other=0.0)
-    else:
-        tile = tl.load(at)
-    return tile
+    there = (i[:, None] < n_rows - start) & (d[None, :] < D)
+    return tl.load(at, mask=there, other=0.0) if CHECK or D < DP else tl.load(at)
 
 @jit
 def store_rows(base, stride, start, n_rows, tile, D: tl.constexpr, DP: tl.constexpr):
@@ -347,7 +347,7 @@ def dropout(x, SEED, head, row, n, TK, dropout_p):
 def attention_forward_kernel(Q, K, V, O, L, SEED, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
                              H, H_kv, TQ, TK, scale_log2, dropout_p,
                              D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                             CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
+                             CAUSAL: tl.constexpr, DROPOUT: tl.constexpr):
     block, b, h = whose_block(TQ, H, BM)
     block = tl.cdiv(TQ, BM) - 1 - block                           # the last queries see most keys, so they start first
     head, h_kv = b * H + h, h // (H // H_kv)
@@ -362,13 +362,12 @@ def attention_forward_kernel(Q, K, V, O, L, SEED, sqb, sqh, sqt, skb, skh, skt, 
         for n0 in range(start, stop, BN):
             n = n0 + tl.arange(0, BN)
             k = load_rows(K + b * skb + h_kv * skh, skt, n0, TK, BN, D, DP, PHASE == 1)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            s = tl.dot(q, tl.trans(k), input_precision='ieee')
             if PHASE == 1:
                 s = tl.where(visible(row[:, None], n[None, :], TQ, TK, CAUSAL), s, float('-inf'))
             m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
-            m_safe = m_new
-            if PHASE == 1:                                        # a query that has seen no key: -inf - -inf is NaN
-                m_safe = tl.where(m_new == float('-inf'), 0.0, m_new)
+            # A query may have seen no key in a tile with a mask: -inf - -inf would be NaN.
+            m_safe = tl.where(m_new == float('-inf'), 0.0, m_new) if PHASE == 1 else m_new
             p = tl.exp2(s * scale_log2 - m_safe[:, None])         # one multiply-add and one exp2 per element
             alpha = tl.exp2(m - m_safe)
             l = l * alpha + tl.sum(p, 1)
@@ -376,7 +375,7 @@ def attention_forward_kernel(Q, K, V, O, L, SEED, sqb, sqh, sqt, skb, skh, skt, 
             if DROPOUT:                                           # after l: it acts on the normalised weights
                 p = dropout(p, SEED, head, row[:, None], n[None, :], TK, dropout_p)
             v = load_rows(V + b * svb + h_kv * svh, svt, n0, TK, BN, D, DP, PHASE == 1)
-            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision='ieee')
     # A query without keys gives 0, and L = inf makes its weights 0 in the backward pass.
     l_safe = tl.where(l > 0, l, 1.0)
     tl.store(L + head * TQ + row, tl.where(l > 0, m + tl.log2(l_safe), float('inf')), mask=row < TQ)
@@ -395,7 +394,7 @@ def attention_forward_kernel(Q, K, V, O, L, SEED, sqb, sqh, sqt, skb, skh, skt, 
 def attention_dq_kernel(Q, K, V, O, DO, DQ, L, DELTA, SEED, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
                         H, H_kv, TQ, TK, scale, scale_log2, dropout_p,
                         D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                        CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
+                        CAUSAL: tl.constexpr, DROPOUT: tl.constexpr):
     block, b, h = whose_block(TQ, H, BM)
     block = tl.cdiv(TQ, BM) - 1 - block
     head, h_kv = b * H + h, h // (H // H_kv)
@@ -414,21 +413,21 @@ def attention_dq_kernel(Q, K, V, O, DO, DQ, L, DELTA, SEED, sqb, sqh, sqt, skb, 
             n = n0 + tl.arange(0, BN)
             k = load_rows(K + b * skb + h_kv * skh, skt, n0, TK, BN, D, DP, PHASE == 1)
             v = load_rows(V + b * svb + h_kv * svh, svt, n0, TK, BN, D, DP, PHASE == 1)
-            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - l[:, None])
+            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision='ieee') * scale_log2 - l[:, None])
             if PHASE == 1:
                 p = tl.where(visible(row[:, None], n[None, :], TQ, TK, CAUSAL), p, 0.0)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            dp = tl.dot(do, tl.trans(v), input_precision='ieee')
             if DROPOUT:
                 dp = dropout(dp, SEED, head, row[:, None], n[None, :], TK, dropout_p)
             ds = p * (dp - delta[:, None])
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision='ieee')
     store_rows(DQ + (b * TQ * H + h) * D, H * D, m0, TQ, dq * scale, D, DP)
 
 @jit
 def attention_dkv_kernel(Q, K, V, DO, DK, DV, L, DELTA, SEED, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
                          H, H_kv, TQ, TK, scale, scale_log2, dropout_p,
                          D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                         CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
+                         CAUSAL: tl.constexpr, DROPOUT: tl.constexpr):
     block, b, h_kv = whose_block(TK, H_kv, BN)                    # BN keys of one kv head; the first have most queries
     n0 = block * BN
     n = n0 + tl.arange(0, BN)
@@ -453,24 +452,24 @@ def attention_dkv_kernel(Q, K, V, DO, DK, DV, L, DELTA, SEED, sqb, sqh, sqt, skb
                 l = tl.load(L + head * TQ + row, mask=row < TQ, other=float('inf'))
                 delta = tl.load(DELTA + head * TQ + row, mask=row < TQ, other=0.0)
                 # All tiles transposed, (BN, BM): P^T and dS^T are then the left operands of their products as they are.
-                pt = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - l[None, :])
+                pt = tl.exp2(tl.dot(k, tl.trans(q), input_precision='ieee') * scale_log2 - l[None, :])
                 if PHASE == 0:
                     pt = tl.where(visible(row[None, :], n[:, None], TQ, TK, True), pt, 0.0)
-                dpt = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                dpt = tl.dot(v, tl.trans(do), input_precision='ieee')
                 kept = pt
                 if DROPOUT:
                     kept = dropout(pt, SEED, head, row[None, :], n[:, None], TK, dropout_p)
                     dpt = dropout(dpt, SEED, head, row[None, :], n[:, None], TK, dropout_p)
-                dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
+                dv = tl.dot(kept.to(do.dtype), do, dv, input_precision='ieee')
                 dst = pt * (dpt - delta[None, :])
-                dk = tl.dot(dst.to(q.dtype), q, dk, input_precision=PRECISION)
+                dk = tl.dot(dst.to(q.dtype), q, dk, input_precision='ieee')
     store_rows(DK + (b * TK * H_kv + h_kv) * D, H_kv * D, n0, TK, dk * scale, D, DP)
     store_rows(DV + (b * TK * H_kv + h_kv) * D, H_kv * D, n0, TK, dv, D, DP)
 
 # (BM, BN, warps, stages) of the forward, dQ and dK/dV kernels, by padded head size and whether the GPU is a Hopper. BM
 # counts queries, BN keys. Constants, not autotune: no minutes of search at the first step, the same bits in every run.
-# The shapes of Triton's fused-attention tutorial, cut until the compiler reports no spills at D = 64 and shared memory
-# fits the smallest GPU of each kind (99 KB on RTX 30 and 40, 227 KB on H100). No GPU has measured them yet.
+# The shapes of Triton's fused-attention tutorial, cut until the compiler reports no spills at D = 64 (RTX 50: 9) and
+# shared memory fits the smallest GPU of each kind (99 KB on RTX 30 to 50, 227 KB on H100). No GPU has measured them.
 TILES = {(64, False): ((128, 64, 4, 3), (128, 32, 8, 2), (32, 128, 8, 2)),
          (64, True): ((128, 64, 8, 3), (128, 32, 8, 2), (32, 128, 8, 2)),
          (128, False): ((128, 64, 8, 2), (128, 32, 8, 2), (32, 64, 8, 2)),
@@ -483,23 +482,8 @@ def attention_constants(device, dtype, D, causal, dropout):
     DP, tiles = max(triton.next_power_of_2(D), 16), INTERPRETER_TILES
     if device.type == 'cuda':
         tiles = FLOAT32_TILES if dtype == torch.float32 else TILES[max(DP, 64), capability(device) == (9, 0)]
-    return [dict(D=D, DP=DP, BM=BM, BN=BN, CAUSAL=causal, DROPOUT=dropout, PRECISION='ieee', num_warps=warps,
+    return [dict(D=D, DP=DP, BM=BM, BN=BN, CAUSAL=causal, DROPOUT=dropout, num_warps=warps,
                  num_stages=stages) for BM, BN, warps, stages in tiles]
-
-def triton_forward(q, k, v, o, l, seed, causal, dropout_p, scale):
-    (B, H, TQ, D), (_, H_kv, TK, _) = q.shape, k.shape
-    constants, _, _ = attention_constants(q.device, q.dtype, D, causal, dropout_p > 0)
-    seed = q if seed is None else seed                            # without dropout nobody reads it
-    launch(attention_forward_kernel, (triton.cdiv(TQ, constants['BM']) * B * H,), q, k, v, o, l, seed,
-           *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], H, H_kv, TQ, TK, scale * LOG2E, dropout_p, **constants)
-
-def triton_backward(q, k, v, o, do, l, dq, dk, dv, delta, seed, causal, dropout_p, scale):
-    (B, H, TQ, D), (_, H_kv, TK, _) = q.shape, k.shape
-    _, for_dq, for_dkv = attention_constants(q.device, q.dtype, D, causal, dropout_p > 0)
-    rest = (l, delta, q if seed is None else seed, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], H, H_kv, TQ, TK,
-            scale, scale * LOG2E, dropout_p)
-    launch(attention_dq_kernel, (triton.cdiv(TQ, for_dq['BM']) * B * H,), q, k, v, o, do, dq, *rest, **for_dq)
-    launch(attention_dkv_kernel, (triton.cdiv(TK, for_dkv['BN']) * B * H_kv,), q, k, v, do, dk, dv, *rest, **for_dkv)
 
 
 # --- Attention in CUDA C++, for Turing
@@ -521,7 +505,7 @@ struct alignas(16) Vec { u32 x, y, z, w; };                                    /
 #define INLINE __device__ __forceinline__
 #define KERNEL extern "C" __global__ void __launch_bounds__(128)
 
-#ifndef EMULATE                  // six instructions; the tests put their own in place of them
+#ifndef EMULATE                  // five instructions; the tests put their own in place of them
 INLINE u16 half_bits(float x) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x)); return h; }
 INLINE float to_float(u16 h) { float x; asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h)); return x; }
 INLINE float shuffle_xor(float x, int m) { return __shfl_xor_sync(0xffffffffu, x, m); }
@@ -529,25 +513,16 @@ INLINE void mma_16x8x8(float c[4], u32 a0, u32 a1, u32 b) {
     asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b));
 }
-INLINE void mma_16x8x16(float c[4], const u32 a[4], u32 b0, u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 INLINE void load_transposed(u32 &b0, u32 &b1, const u16 *row) {   // two 8 x 8 blocks; lane i points at row i of 16
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
         : "=r"(b0), "=r"(b1) : "r"((u32)__cvta_generic_to_shared(row)));
 }
 #endif
 
-// C (16 x 8) += A (16 x 16) B (16 x 8). Turing has only the half-depth instruction.
+// C (16 x 8) += A (16 x 16) B (16 x 8), in two halves: Turing has no deeper instruction, and newer GPUs have this one.
 INLINE void mma(float c[4], const u32 a[4], u32 b0, u32 b1) {
-#if __CUDA_ARCH__ >= 800
-    mma_16x8x16(c, a, b0, b1);
-#else
     mma_16x8x8(c, a[0], a[1], b0);
     mma_16x8x8(c, a[2], a[3], b1);
-#endif
 }
 INLINE u32 pack(float low, float high) { return half_bits(low) | (u32)half_bits(high) << 16; }
 
@@ -802,25 +777,18 @@ def cuda_function(name, device_index, arch):
     from cuda.bindings import driver
     return checked(driver.cuModuleGetFunction(checked(driver.cuModuleLoadData(cuda_image(arch))), name.encode()))
 
-def launch_cuda(name, grid, x, *arguments, arch=None):
+def launch_cuda(name, grid, x, *arguments):
     """Launches a kernel of CUDA_SOURCE in blocks of 128 threads, on x's device and PyTorch's current stream."""
     from cuda.bindings import driver
     calls[name] += 1
     places = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
     with torch.cuda.device(x.device):
-        function = cuda_function(name, x.device.index, arch or 'sm_{}{}'.format(*capability(x.device)))
+        # A fresh thread, such as autograd's, has no context for driver calls until something makes PyTorch's current.
+        if not int(checked(driver.cuCtxGetCurrent())):
+            checked(driver.cuCtxSetCurrent(checked(driver.cuDevicePrimaryCtxRetain(x.device.index))))
+        function = cuda_function(name, x.device.index, 'sm_{}{}'.format(*capability(x.device)))
         stream = torch.cuda.current_stream().cuda_stream
         checked(driver.cuLaunchKernel(function, *grid, 1, 128, 1, 1, 0, stream, ctypes.addressof(places), 0))
-
-def cuda_forward(q, k, v, o, l, seed, causal, dropout_p, scale):
-    (B, H, TQ, _), arguments = q.shape, attention_arguments(q, k, v, causal, scale, O=o, L=l)
-    launch_cuda('attention_forward', (-(-TQ // 64), B * H), q, arguments)
-
-def cuda_backward(q, k, v, o, do, l, dq, dk, dv, delta, seed, causal, dropout_p, scale):
-    (B, H, TQ, _), (_, H_kv, TK, _) = q.shape, k.shape
-    arguments = attention_arguments(q, k, v, causal, scale, O=o, DO=do, DQ=dq, DK=dk, DV=dv, L=l, DELTA=delta)
-    launch_cuda('attention_dq', (-(-TQ // 64), B * H), q, arguments)
-    launch_cuda('attention_dkv', (-(-TK // 64), B * H_kv), q, arguments)
 
 
 # --- Attention: one door
@@ -828,7 +796,7 @@ def cuda_backward(q, k, v, o, do, l, dq, dk, dv, delta, seed, causal, dropout_p,
 def new_rows(x):
     """An empty tensor of x's shape (B, H, T, D) that lies as (B, T, H, D) in memory."""
     B, H, T, D = x.shape
-    return x.new_empty(B, T, H, D).transpose(1, 2)
+    return x.new_empty_strided((B, H, T, D), (T * H * D, D, H * D, 1))
 
 def readable(x, impl):
     """x, or a copy if the kernels cannot read it as it lies: elements of a row side by side, rows near enough for
@@ -838,6 +806,12 @@ def readable(x, impl):
         ok = ok and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
     return x if ok else x.clone(memory_format=torch.contiguous_format)
 
+def as_rows(x):
+    """x, or a copy that lies as new_rows does and begins at a multiple of 16 bytes. Usually gradients do already; so do
+    saved outputs, unless a hook such as save_on_cpu has brought them back in another layout."""
+    x = x.transpose(1, 2).contiguous()
+    return (x.clone() if x.data_ptr() % 16 else x).transpose(1, 2)
+
 def fake_attention(q, k, v, *rest):
     return new_rows(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
@@ -845,10 +819,19 @@ def fake_attention(q, k, v, *rest):
     'float scale, str impl) -> (Tensor, Tensor, Tensor)', lambda do, q, k, v, *rest: tuple(map(new_rows, (q, k, v))))
 def attention_backward(do, q, k, v, o, l, seed, causal, dropout_p, scale, impl):
     q, k, v = (readable(x, impl) for x in (q, k, v))
-    do = do.transpose(1, 2).contiguous().transpose(1, 2)          # the layout of o; usually it is there already
-    dq, dk, dv = new_rows(q), new_rows(k), new_rows(v)
-    run = triton_backward if impl == 'triton' else cuda_backward
-    run(q, k, v, o, do, l, dq, dk, dv, torch.empty_like(l), seed, causal, dropout_p, scale)
+    do, o = as_rows(do), as_rows(o)
+    dq, dk, dv, delta = new_rows(q), new_rows(k), new_rows(v), torch.empty_like(l)
+    (B, H, TQ, D), (_, H_kv, TK, _) = q.shape, k.shape
+    if impl == 'cuda':
+        arguments = attention_arguments(q, k, v, causal, scale, O=o, DO=do, DQ=dq, DK=dk, DV=dv, L=l, DELTA=delta)
+        launch_cuda('attention_dq', (-(-TQ // 64), B * H), q, arguments)
+        launch_cuda('attention_dkv', (-(-TK // 64), B * H_kv), q, arguments)
+        return dq, dk, dv
+    _, for_dq, for_dkv = attention_constants(q.device, q.dtype, D, causal, dropout_p > 0)
+    rest = (l, delta, q if seed is None else seed, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], H, H_kv, TQ, TK,
+            scale, scale * LOG2E, dropout_p)
+    launch(attention_dq_kernel, (triton.cdiv(TQ, for_dq['BM']) * B * H,), q, k, v, o, do, dq, *rest, **for_dq)
+    launch(attention_dkv_kernel, (triton.cdiv(TK, for_dkv['BN']) * B * H_kv,), q, k, v, do, dk, dv, *rest, **for_dkv)
     return dq, dk, dv
 
 def save_attention(ctx, inputs, output):
@@ -864,15 +847,23 @@ def grad_attention(ctx, do, dl):
 def attention_forward(q, k, v, seed, causal, dropout_p, scale, impl):
     q, k, v = (readable(x, impl) for x in (q, k, v))
     o, l = fake_attention(q, k, v)
-    run = triton_forward if impl == 'triton' else cuda_forward
-    run(q, k, v, o, l, seed, causal, dropout_p, scale)
+    (B, H, TQ, D), (_, H_kv, TK, _) = q.shape, k.shape
+    if impl == 'cuda':
+        arguments = attention_arguments(q, k, v, causal, scale, O=o, L=l)
+        launch_cuda('attention_forward', (-(-TQ // 64), B * H), q, arguments)
+        return o, l
+    constants, _, _ = attention_constants(q.device, q.dtype, D, causal, dropout_p > 0)
+    seed = q if seed is None else seed                            # without dropout nobody reads it
+    launch(attention_forward_kernel, (triton.cdiv(TQ, constants['BM']) * B * H,), q, k, v, o, l, seed,
+           *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], H, H_kv, TQ, TK, scale * LOG2E, dropout_p, **constants)
     return o, l
 
 def attention(q, k, v, causal=True, dropout_p=0.0, scale=None, impl='auto'):
     """softmax(q k^T * scale) v: q (B, H, TQ, D), k and v (B, H_kv, TK, D) -> (B, H, TQ, D). Differentiable.
     scale None is 1 / sqrt(D). Causal is aligned bottom-right. `impl`: auto, triton, cuda, sdpa or plain; a forced one
     that cannot run here raises ValueError with the reason."""
-    if impl == 'sdpa' or impl == 'auto' and not q.is_cuda:        # first, because a small model on a CPU feels each us
+    # First, because a small model on a CPU feels each us. The kernels scale the maximum: they need a positive scale.
+    if impl == 'sdpa' or impl == 'auto' and not (q.is_cuda and (scale is None or scale > 0)):
         count('sdpa')
         return attention_sdpa(q, k, v, causal, dropout_p, scale)
     if q.is_cuda and torch.is_autocast_enabled('cuda'):           # as PyTorch does for its own attention
@@ -885,7 +876,7 @@ def attention(q, k, v, causal=True, dropout_p=0.0, scale=None, impl='auto'):
     # activation checkpointing restores the generator and computes again.
     seed = torch.randint(2**62, (1,), device=q.device) if dropout_p else None
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    refuse(name, scale <= 0 and 'the kernels scale the maximum, so scale must be positive')
+    refuse(name, scale <= 0 and 'scale must be positive')
     return attention_forward(q, k, v, seed, causal, dropout_p, scale, name)[0]
 
 
@@ -898,8 +889,7 @@ def attention(q, k, v, causal=True, dropout_p=0.0, scale=None, impl='auto'):
 # mask over the whole cache. The grid depends on shapes alone, and lengths stay on the device: CUDA graphs work.
 @jit
 def decode_kernel(Q, K, V, LENGTHS, ACC, ML, sqb, sqh, skb, skh, skt, svb, svh, svt, H_kv, SPLITS, scale_log2,
-                  D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr,
-                  PRECISION: tl.constexpr):
+                  D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr):
     b, h_kv = (tl.program_id(0) // H_kv).to(tl.int64), (tl.program_id(0) % H_kv).to(tl.int64)
     split = tl.program_id(1)
     length = tl.load(LENGTHS + b)
@@ -914,13 +904,13 @@ def decode_kernel(Q, K, V, LENGTHS, ACC, ML, sqb, sqh, skb, skh, skt, svb, svh, 
     for n0 in range(start, stop, BN):
         n = n0 + tl.arange(0, BN)
         k = load_rows(K + b * skb + h_kv * skh, skt, n0, stop, BN, D, DP, True)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        s = tl.dot(q, tl.trans(k), input_precision='ieee') * scale_log2
         s = tl.where(n[None, :] < stop, s, float('-inf'))
         m_new = tl.maximum(m, tl.max(s, 1))
         p = tl.exp2(s - m_new[:, None])
         alpha = tl.exp2(m - m_new)
         v = load_rows(V + b * svb + h_kv * svh, svt, n0, stop, BN, D, DP, True)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision='ieee')
         l = l * alpha + tl.sum(p, 1)
         m = m_new
     at = (tl.program_id(0).to(tl.int64) * SPLITS + split) * GP    # ACC (B * H_kv, SPLITS, GP, D), ML (..., GP, 2)
@@ -943,25 +933,19 @@ def decode_combine_kernel(ACC, ML, O, SPLITS, D: tl.constexpr, DP: tl.constexpr,
     row = tl.program_id(0).to(tl.int64) * G + tl.program_id(1)    # b * H + h
     tl.store(O + row * D + d, o.to(O.dtype.element_ty), mask=d < D)
 
-def decode_splits(rows, T_max, device):
-    """Enough slices for two programs per multiprocessor, but none under 128 keys."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 2
-    return max(1, min(-(-2 * processors // rows), -(-T_max // 128), 64))
-
 @op('(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths) -> Tensor', fake=lambda q, *rest: q.new_empty(q.shape))
 def decode_forward(q, k_cache, v_cache, lengths):
     (B, H, _, D), (_, H_kv, T_max, _) = q.shape, k_cache.shape
     q, k, v = (readable(x, 'triton') for x in (q, k_cache, v_cache))
-    splits, G, DP = decode_splits(B * H_kv, T_max, q.device), H // H_kv, max(16, triton.next_power_of_2(D))
-    GP = max(16, triton.next_power_of_2(G))
-    acc = q.new_empty((B * H_kv, splits, GP, D), dtype=torch.float32)
-    ml = q.new_empty((B * H_kv, splits, GP, 2), dtype=torch.float32)
+    # Enough slices for two programs per multiprocessor, but none under 128 keys.
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
+    splits, G = max(1, min(-(-2 * processors // (B * H_kv)), -(-T_max // 128), 64)), H // H_kv
+    sizes = dict(D=D, DP=max(16, triton.next_power_of_2(D)), G=G, GP=(GP := max(16, triton.next_power_of_2(G))))
+    acc, ml = (q.new_empty((B * H_kv, splits, GP, n), dtype=torch.float32) for n in (D, 2))
     o = q.new_empty(q.shape)
-    launch(decode_kernel, (B * H_kv, splits), q, k, v, lengths, acc, ml, *q.stride()[:2], *k.stride()[:3],
-           *v.stride()[:3], H_kv, splits, D ** -0.5 * LOG2E, D=D, DP=DP, G=G, GP=GP,
-           BN=64 if DP <= 64 else 32, PRECISION='ieee')
-    launch(decode_combine_kernel, (B * H_kv, G), acc, ml, o, splits, D=D, DP=DP, G=G, GP=GP,
-           SP=triton.next_power_of_2(splits))
+    launch(decode_kernel, (B * H_kv, splits), q, k, v, lengths.contiguous(), acc, ml, *q.stride()[:2], *k.stride()[:3],
+           *v.stride()[:3], H_kv, splits, D ** -0.5 * LOG2E, BN=64 if D <= 64 else 32, **sizes)
+    launch(decode_combine_kernel, (B * H_kv, G), acc, ml, o, splits, SP=triton.next_power_of_2(splits), **sizes)
     return o
 
 def decode_attention(q, k_cache, v_cache, lengths, impl='auto'):
@@ -1011,7 +995,8 @@ def cross_entropy_kernel(Z, TARGETS, LOSS, n, ignore_index, GRAD: tl.constexpr, 
         m = m_new
     m_row = tl.max(m, 0)
     logsumexp = m_row + tl.log(tl.sum(l * tl.exp(m - m_row), 0))
-    z_target = tl.load(Z + tl.where(valid, target, 0)).to(tl.float32)
+    inside = valid & (target >= 0) & (target < n)                 # any other target makes the loss NaN
+    z_target = tl.load(Z + target, mask=inside, other=float('nan')).to(tl.float32)
     tl.store(LOSS + row, tl.where(valid, logsumexp - z_target, 0.0))
     if GRAD:
         tl.debug_barrier()                                        # all have read z[target] before one overwrites it
@@ -1022,7 +1007,7 @@ def cross_entropy_kernel(Z, TARGETS, LOSS, n, ignore_index, GRAD: tl.constexpr, 
 
 def cross_entropy_rows(z, targets, ignore_index, grad):
     """(loss per row, gradient of its sum): logits z (n, V); z's memory is used up. Rows without a target give 0."""
-    if z.dtype != torch.float64 and not missing('triton', z.device):
+    if not missing('triton', z.device, z.dtype):
         loss = torch.empty(len(z), dtype=torch.float32, device=z.device)
         launch(cross_entropy_kernel, (len(z),), z, targets, loss, z.shape[1], ignore_index, GRAD=grad,
                BLOCK=min(4096, triton.next_power_of_2(z.shape[1])), num_warps=8)
@@ -1056,7 +1041,8 @@ def linear_cross_entropy_forward(x, weight, targets, ignore_index, grad):
     """(loss, number of valid targets, dx, dW); the gradients are those of the sum of losses, not yet of their mean."""
     loss, valid, dx, dw = (t.zero_() for t in fake_loss(x, weight, targets, ignore_index, grad))
     targets = targets.contiguous()
-    rows = max(1, SLICE * (4 if x.is_cuda else 1) // len(weight))     # a GPU needs taller matrices to be busy
+    # A GPU needs taller matrices to be busy; in more rows than 4,096 a 16-bit sum for dW might overflow.
+    rows = max(1, min(4096, SLICE * (4 if x.is_cuda else 1) // len(weight)))
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
         losses, dz = cross_entropy_rows(x[part] @ weight.T, targets[part], ignore_index, grad)
@@ -1091,20 +1077,21 @@ def cases(device, big):
     gpu = device.type == 'cuda'
     large, runs = gpu and big, lambda *a: [i for i in ('triton', 'cuda') if not missing(i, device, *a)] + ['sdpa']
     make = lambda *shape: torch.randn(*shape, device=device).to(dtype)
-    for dtype in HALF if gpu else (torch.float32,):
+    for dtype in HALF[:1 + (capability(device) >= (8, 0))] if gpu else (torch.float32,):
         for D, T in ((64, 1024), (64, 4096), (128, 4096)) if gpu else ((64, 512),):
+            impls = [*runs(dtype, D), *['plain'] * (T < 4096)]    # there it needs more memory than many GPUs have
             B, H, T = (16384 // T, 2048 // D, T) if large else (1, 4, T) if big else (2, 4, 77)
-            for impl in [*runs(dtype, D), 'plain']:
+            for impl in impls:
                 qkv = [make(B, T, H, D).transpose(1, 2) for _ in 'qkv']
                 function = functools.partial(attention, impl=impl)
                 yield 'attention', impl, function, attention_reference, qkv, 2 * B * H * T * T * D, 'TFLOP/s'
-    for impl in runs():
+    for impl in runs(dtype):
         x = make(*((16384, 4096) if large else (300, 1000))).to(torch.float16 if impl == 'cuda' else dtype)
         function, formula = functools.partial(softmax, impl=impl), functools.partial(torch.softmax, dim=-1)
         yield 'softmax', impl, function, formula, [x], 2 * x.numel() * x.element_size(), 'GB/s'
     B, H, T = (32, 12, 1024) if large else (2, 2, 300)
     lengths = torch.full((B,), T, dtype=torch.int32, device=device)
-    for impl in set(runs(dtype)) - {'cuda'}:
+    for impl in [i for i in runs(dtype, 64) if i != 'cuda']:
         qkv = [make(B, H, t, 64) for t in (1, T, T)]
         function = functools.partial(decode_attention, lengths=lengths, impl=impl)
         work = 128 * B * H * T * qkv[0].element_size()            # reading keys and values once
@@ -1139,7 +1126,7 @@ def measure(device, small, big, ceilings):
     truth = with_gradients(formula, [x.detach().double().requires_grad_(x.requires_grad) for x in inputs])
     error = max(relative_error(a, b) for a, b in zip(with_gradients(function, inputs), truth))
     ok = error < (1e-5 if inputs[0].dtype == torch.float32 else 3e-2)
-    row = dict(name=name, impl=impl, dtype=str(inputs[0].dtype)[6:], error=error, ok=ok)
+    row = dict(name=name, impl=impl, dtype=str(inputs[0].dtype)[6:], error=error, ok=ok, memory_mb=None)
     if INTERPRET and impl in ('triton', 'sliced'):
         return row                                                # the interpreter's time would mean nothing
     _, _, function, _, inputs, work, unit = big
@@ -1150,13 +1137,17 @@ def measure(device, small, big, ceilings):
     with torch.profiler.profile(activities=[kind]) as profile:    # asked which kernel ran, not assumed
         run()
     cost = lambda event: event.self_device_time_total if gpu else event.self_cpu_time_total
-    torch.cuda.reset_peak_memory_stats() if gpu else None
+    longest = max(profile.key_averages(), key=cost, default=None)
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with_gradients(function, inputs)
+        row['memory_mb'] = (torch.cuda.max_memory_allocated() - before) / 2**20
     backward = milliseconds(lambda: with_gradients(function, inputs), device) - forward
     rate = work / forward / (1e9 if unit == 'TFLOP/s' else 1e6)
     return dict(row, shape=' '.join(map(str, inputs[name == 'decode_attention'].shape)), forward_ms=forward,
                 backward_ms=backward if inputs[0].requires_grad else None, rate=rate, unit=unit,
-                share=rate / ceilings[unit], memory_mb=torch.cuda.max_memory_allocated() / 2**20 if gpu else None,
-                ran=max(profile.key_averages(), key=cost).key.removeprefix('aten::'))
+                share=rate / ceilings[unit], ran=longest and longest.key.removeprefix('aten::'))
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description='Checks kernels.py on this machine and times it.')
@@ -1164,23 +1155,23 @@ def main(argv=None):
     args = parser.parse_args(argv)
     gpu = torch.cuda.is_available() and not INTERPRET
     device = torch.device('cuda' if gpu else 'cpu')
-    n, dtype = (8192, torch.bfloat16) if gpu else (512, torch.float32)
+    n, dtype = (8192, torch.float16) if gpu else (512, torch.float32)
     a, (c, d) = torch.randn(n, n, device=device).to(dtype), torch.zeros(2, 2**28 if gpu else 2**23, device=device)
     ceilings = {'TFLOP/s': 2 * n**3 / milliseconds(lambda: a @ a, device) / 1e9,
                 'GB/s': 8 * len(c) / milliseconds(lambda: c.copy_(d), device) / 1e6}
+    del a, c, d                                                   # 2 GB, which a small GPU needs below
     where = torch.cuda.get_device_name() if gpu else 'CPU'
     print(f'{where}, torch {torch.__version__}, triton {triton and triton.__version__}')
-    print('share of matmul {TFLOP/s:.3g} TFLOP/s or copy {GB/s:.3g} GB/s; error against float64'.format(**ceilings))
-    columns = ('{name:21}{impl:7}{dtype:9}{error:>8}{shape:>17}{forward_ms:>8}{backward_ms:>8}{rate:>8} {unit:8}'
-               '{share:>6}{memory_mb:>8} {ran:.40}')
-    names = dict(forward_ms='fwd ms', backward_ms='bwd ms', memory_mb='MB', unit='', ran='longest kernel')
+    print('share of matmul {TFLOP/s:.3g} TFLOP/s or copy {GB/s:.3g} GB/s; error against float64; MB beyond inputs'
+          .format(**ceilings))
+    line = '{:21}{:7}{:9}{:>8}{:>17}{:>8}{:>8}{:>8} {:8}{:>6}{:>8} {:.40}'.format
     keys = 'name impl dtype error shape forward_ms backward_ms rate unit share memory_mb ran'.split()
-    print(columns.format(**{key: names.get(key, key) for key in keys}))
+    print(line(*'name impl dtype error shape fwd_ms bwd_ms rate unit share MB longest_kernel'.split()))
     rows = []
     for small, big in zip(cases(device, False), cases(device, True)):
         rows.append(row := measure(device, small, big, ceilings))
-        text = {key: f'{row[key]:.3g}' if isinstance(row.get(key), float) else row.get(key) or '-' for key in keys}
-        print(columns.format(**text) + ('' if row['ok'] else '  WRONG'), flush=True)
+        text = (f'{x:.3g}' if isinstance(x, float) else x or '-' for x in map(row.get, keys))
+        print(line(*text) + ('' if row['ok'] else '  WRONG'), flush=True)
     if args.json:
         table = dict(device=str(device), ceilings=ceilings, rows=rows)
         pathlib.Path(args.json).write_text(json.dumps(table, indent=1), 'utf-8')

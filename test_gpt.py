@@ -1524,14 +1524,23 @@ def load_kernels(replace=None, name='kernels'):
     spec.loader.exec_module(module)
     return module
 
-def run_alone(function, **environment):
-    """Runs a function of this file in a process of its own: Triton's interpreter is switched on before the first import
-    of triton and then holds for the whole process."""
-    code = f'import {Path(__file__).stem} as tests; tests.{function.__name__}()'
-    result = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=HERE, capture_output=True, text=True,
-                            env={**os.environ, 'OMP_NUM_THREADS': '1', **environment})
-    assert result.returncode == 0, result.stdout + result.stderr
-    print(result.stdout)
+def alone(**environment):
+    """Runs a test in a process of its own: Triton's interpreter is switched on before the first import of triton and
+    then holds for the whole process."""
+    def make(test):
+        def run():
+            code = f'import {Path(__file__).stem} as tests; tests.{test.__name__}.here()'
+            env = {**os.environ, 'OMP_NUM_THREADS': '1', 'TRITON_CACHE_DIR': os.getcwd(), **environment}
+            result = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=HERE, capture_output=True,
+                                    text=True, env=env)
+            assert result.returncode == 0, result.stdout + result.stderr
+            print(result.stdout)
+        run.__name__, run.__doc__, run.here = test.__name__, test.__doc__, test
+        return run
+    return make
+
+def in_interpreter(test):
+    return needs_interpreter(alone(TRITON_INTERPRET='1')(test))
 
 @pytest.fixture(scope='module')
 def kernels():
@@ -1566,9 +1575,9 @@ def laid_out(x, pattern):
         view = buffer[1:, :, 1:2 * T + 1:2]
     return view.copy_(x)
 
-def attention_inputs(H, H_kv, TQ, TK, D, dtype, pattern='transposed', B=2):
+def attention_inputs(H, H_kv, TQ, TK, D, dtype, pattern='transposed', B=2, device='cpu'):
     torch.manual_seed(TQ + TK + D)
-    make = lambda heads, T: laid_out(torch.randn(B, heads, T, D).to(dtype), pattern)
+    make = lambda heads, T: laid_out(torch.randn(B, heads, T, D).to(device, dtype), pattern)
     return make(H, TQ), make(H_kv, TK), make(H_kv, TK), make(H, TQ)
 
 def output_and_gradients(run, q, k, v, do):
@@ -1592,10 +1601,10 @@ def worst_error(ours, truth):
     errors = [((a.double() - b).norm() / max(b.norm(), truth[0].norm())).item() for a, b in zip(ours, truth)]
     return math.inf if any(map(math.isnan, errors)) else max(errors)
 
-def attention_error(kernels, case, impl='triton'):
+def attention_error(kernels, case, impl='triton', device='cpu'):
     T, D, (H, H_kv), causal, other_T, pattern, dtype = case
     TQ, TK = (T, T + other_T) if T + other_T > 0 else (T, 1)
-    q, k, v, do = attention_inputs(H, H_kv, TQ, TK, D, dtype, pattern)
+    q, k, v, do = attention_inputs(H, H_kv, TQ, TK, D, dtype, pattern, device=device)
     run = lambda *a: kernels.attention(*a, causal=causal, impl=impl)
     ours = output_and_gradients(run, q, k, v, do)
     again = output_and_gradients(run, q, k, v, do)
@@ -1604,11 +1613,38 @@ def attention_error(kernels, case, impl='triton'):
 
 CASES = [(1, 17, 64, 77, 128), (16, 48, 64, 80, 128), ((2, 2), (4, 2), (4, 1)), (True, False), (0, 51, -13),
          ('contiguous', 'transposed', 'fused', 'gaps'), (torch.float32, torch.float16)]
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3}
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+def packed_on_the_way():
+    """Saved tensors that come back in another layout, as from torch.autograd.graph.save_on_cpu."""
+    pack = lambda x: x.clone(memory_format=torch.contiguous_format)
+    return torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+
+def check_decode(kernels, impl, H, H_kv, D, T_max, lengths, dtype, device='cpu'):
+    q, k, v, _ = attention_inputs(H, H_kv, 1, T_max, D, dtype, device=device)
+    for b, n in enumerate(lengths):
+        k[b, :, n:], v[b, :, n:] = math.nan, math.nan             # nobody may look beyond a sequence's length
+    strided = torch.tensor([(n, -9) for n in lengths], dtype=torch.int32, device=device)[:, 0]
+    ours = kernels.decode_attention(q, k, v, strided, impl=impl)
+    for b, n in enumerate(lengths):
+        part = [x[b:b + 1].double() for x in (q, k[:, :, :n], v[:, :, :n])]
+        truth = kernels.attention_reference(*part) if n else torch.zeros_like(part[0])
+        assert (ours[b:b + 1].double() - truth).norm() <= TOLERANCE[dtype] * truth.norm(), (H, H_kv, D, n)
+
+def check_softmax(kernels, impl, n, dtype, rows=3, device='cpu'):
+    x, dy = torch.randn(2, rows, n).to(device, dtype)
+    x[0, 0] = 3e4                                                 # a softmax without the maximum would overflow
+    x, wide = x.requires_grad_(), x.detach().double().requires_grad_()
+    y, truth = kernels.softmax(x, impl=impl), wide.softmax(-1)
+    ours, want = torch.autograd.grad(y, x, dy)[0], torch.autograd.grad(truth, wide, dy.double())[0]
+    assert worst_error([y[1:], ours[1:]], [truth[1:], want[1:]]) < TOLERANCE[dtype]
+    assert (y[0].double() - truth[0]).abs().max() < 1e-6
 
 # --- Triton kernels in the interpreter
 
-def alone_attention_cases():
+@in_interpreter
+def test_triton_attention_agrees_with_float64():
+    """Guards against wrong masks, offsets, strides, groups, ragged ends and unwritten outputs, forward and backward."""
     torch.use_deterministic_algorithms(True)   # and every new tensor is full of NaN: reading before writing shows
     kernels = load_kernels()
     assert torch.empty(1).isnan()
@@ -1616,12 +1652,9 @@ def alone_attention_cases():
     for case in cases:
         error = attention_error(kernels, case)
         assert error < TOLERANCE[case[-1]], f'{case}: {error:.1e}'
+    with packed_on_the_way():
+        assert attention_error(kernels, [17, 16, (4, 2), True, 0, 'fused', torch.float32]) < TOLERANCE[torch.float32]
     print(f'{len(cases)} attention cases agree with float64')
-
-@needs_interpreter
-def test_triton_attention_agrees_with_float64():
-    """Guards against wrong masks, offsets, strides, groups, ragged ends and unwritten outputs, forward and backward."""
-    run_alone(alone_attention_cases, TRITON_INTERPRET='1')
 
 PLANTED = [('(n <= row + TK - TQ)', '(n < row + TK - TQ)', 'the mask hides the diagonal'),
            ('acc * alpha[:, None]', 'acc', 'the sum is not rescaled at a new maximum'),
@@ -1629,18 +1662,15 @@ PLANTED = [('(n <= row + TK - TQ)', '(n < row + TK - TQ)', 'the mask hides the d
            ('block * BM + 1 + TK - TQ', 'block * BM + 2 + TK - TQ + BN', 'a tile of the diagonal goes without a mask'),
            ('h // (H // H_kv)', 'h % H_kv', 'heads are grouped in the wrong order')]
 
-def alone_planted_bugs():
+@in_interpreter
+def test_planted_bugs_in_triton_are_seen():
+    """Guards against tests that pass whatever the kernels do."""
     case = [128, 64, (4, 2), True, 0, 'transposed', torch.float32]
     assert attention_error(load_kernels(), case) < TOLERANCE[torch.float32]
     for old, new, what in PLANTED:
         error = attention_error(load_kernels(replace=(old, new)), case)
         print(f'planted: {what}: error {error:.1e}')
         assert error > 1e-3, what
-
-@needs_interpreter
-def test_planted_bugs_in_triton_are_seen():
-    """Guards against tests that pass whatever the kernels do."""
-    run_alone(alone_planted_bugs, TRITON_INTERPRET='1')
 
 def philox_uniform(seed, counter):
     """Philox 4x32-10 (Salmon et al. 2011), first output, in [0, 1): from the paper, not from Triton."""
@@ -1657,7 +1687,9 @@ def philox_uniform(seed, counter):
     signed = torch.where(c[0] >= 2**31, 2**32 - 1 - c[0], c[0])    # Triton folds negative numbers back: -x - 1
     return signed * 4.6566127342e-10
 
-def alone_dropout():
+@in_interpreter
+def test_dropout_mask_can_be_rebuilt():
+    """Guards against a backward pass that drops other elements than the forward pass, and against a biased mask."""
     kernels = load_kernels()
     q, k, v, do = attention_inputs(4, 2, 77, 100, 64, torch.float32)
     B, H, TQ, TK, p = 2, 4, 77, 100, 0.3
@@ -1672,41 +1704,22 @@ def alone_dropout():
     assert error < 2e-6, error
     print(f'dropout: the mask rebuilt from the seed gives the same numbers, {error:.1e}')
 
-@needs_interpreter
-def test_dropout_mask_can_be_rebuilt():
-    """Guards against a backward pass that drops other elements than the forward pass, and against a biased mask."""
-    run_alone(alone_dropout, TRITON_INTERPRET='1')
-
-def alone_other_kernels():
+@in_interpreter
+def test_triton_decode_and_softmax_agree_with_float64():
+    """Guards against wrong combination of slices, reads beyond a sequence's length, empty slices and overflow."""
     torch.use_deterministic_algorithms(True)
     kernels = load_kernels()
     single, half = torch.float32, torch.float16
     for H, H_kv, D, T_max, lengths, dtype in ((4, 4, 64, 300, (1, 300), single), (6, 2, 48, 700, (129, 640), single),
                                               (8, 1, 128, 260, (0, 257), half), (2, 2, 16, 5, (5, 3), half)):
-        q, k, v, _ = attention_inputs(H, H_kv, 1, T_max, D, dtype)
-        for b, n in enumerate(lengths):
-            k[b, :, n:], v[b, :, n:] = math.nan, math.nan         # nobody may look beyond a sequence's length
-        ours = kernels.decode_attention(q, k, v, torch.tensor(lengths, dtype=torch.int32), impl='triton')
-        for b, n in enumerate(lengths):
-            part = [x[b:b + 1].double() for x in (q, k[:, :, :n], v[:, :, :n])]
-            truth = kernels.attention_reference(*part) if n else torch.zeros_like(part[0])
-            assert (ours[b:b + 1].double() - truth).norm() <= TOLERANCE[dtype] * truth.norm(), (H, H_kv, D, n)
-    for rows, n, dtype in ((3, 1, torch.float32), (5, 77, torch.float32), (2, 3000, torch.float16)):
-        x, dy = torch.randn(rows, n).to(dtype).requires_grad_(), torch.randn(rows, n).to(dtype)
-        x.data[0, 0] = 3e4                                        # a softmax without the maximum would overflow
-        y, wide = kernels.softmax(x, impl='triton'), x.detach().double().requires_grad_()
-        truth = wide.softmax(-1)
-        ours, want = torch.autograd.grad(y, x, dy)[0], torch.autograd.grad(truth, wide, dy.double())[0]
-        assert worst_error([y[1:], ours[1:]], [truth[1:], want[1:]]) < TOLERANCE[dtype]
-        assert (y[0].double() - truth[0]).abs().max() < 1e-6
+        check_decode(kernels, 'triton', H, H_kv, D, T_max, lengths, dtype)
+    for n, dtype in ((1, single), (77, single), (3000, half), (300, torch.bfloat16)):
+        check_softmax(kernels, 'triton', n, dtype)
     print('decode, softmax agree with float64;', dict(kernels.calls))
 
-@needs_interpreter
-def test_triton_decode_and_softmax_agree_with_float64():
-    """Guards against wrong combination of slices, reads beyond a sequence's length, empty slices and overflow."""
-    run_alone(alone_other_kernels, TRITON_INTERPRET='1')
-
-def alone_ops():
+@in_interpreter
+def test_ops_compile_and_self_check():
+    """Guards against graph breaks, wrong shapes under torch.compile, recompilation per length and wrong kernels."""
     kernels = load_kernels()
     q, k, v, do = attention_inputs(4, 2, 40, 40, 16, torch.float32)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
@@ -1730,21 +1743,20 @@ def alone_ops():
         plain = kernels.attention(*part, impl='sdpa').square().sum()
         assert torch.allclose(run(*part), plain, rtol=1e-4)
     assert len(graphs) == 1 and len(graphs[0]) == 1, graphs
-    # The self-check: right kernels pass; kernels that return zeros lose to SDPA, with one warning.
+    # The self-check: right kernels pass; kernels that return zeros or fail lose to SDPA, with one warning.
+    kernels.attention(q, k, v, impl='triton').add_(1)             # the output is no view: it may change in place
     device = torch.device('cpu')
     assert kernels.self_check('triton', device, torch.float32, 16) == ''
-    kernels.triton_forward = lambda q, k, v, o, l, *rest: (o.zero_(), l.zero_())
     kernels.describe = lambda *a: ('triton', 'planted')
-    with pytest.warns(UserWarning, match='using PyTorch') as warned:
-        for _ in range(2):
-            name, reason = kernels.choose(*(x.half() for x in (q, k, v)))
-    assert name == 'sdpa' and 'away from PyTorch' in reason and len(warned) == 1
+    for dtype, plant, problem in ((torch.float16, lambda kernel, grid, q, k, v, o, *rest, **constants: o.zero_(),
+                                   'away from'), (torch.float64, lambda *a, **constants: 1 / 0, 'ZeroDivisionError')):
+        kernels.launch = plant
+        kernels.missing = lambda *a: ''
+        with pytest.warns(UserWarning, match='using PyTorch') as warned:
+            for _ in range(2):
+                name, reason = kernels.choose(*(x.to(dtype) for x in (q, k, v)))
+        assert name == 'sdpa' and problem in reason and len(warned) == 1, reason
     print('ops: opcheck, one op per graph, self-check')
-
-@needs_interpreter
-def test_ops_compile_and_self_check():
-    """Guards against graph breaks, wrong shapes under torch.compile, recompilation per length and wrong kernels."""
-    run_alone(alone_ops, TRITON_INTERPRET='1')
 
 # --- CUDA C++ on an emulator
 
@@ -1790,27 +1802,18 @@ static float __int_as_float(int i) { float f; memcpy(&f, &i, 4); return f; }
 static float to_float(u16 h) { _Float16 x; memcpy(&x, &h, 2); return x; }
 static u16 half_bits(float f) { _Float16 x = f; u16 h; memcpy(&h, &x, 2); return h; }
 static float half_of(u32 pair, int which) { return to_float(which ? pair >> 16 : pair & 0xffff); }
-static u32 table[THREADS / 32][32][6];
+static u32 table[THREADS / 32][32][3];
 static float shuffle_xor(float x, int m) {
     auto &t = table[threadIdx.x / 32]; int lane = threadIdx.x % 32; float y;
     memcpy(&t[lane][0], &x, 4); sync_warp(); memcpy(&y, &t[lane ^ m][0], 4); sync_warp(); return y;
 }
-static void multiply(float c[4], int depth) {       // A in columns 0..3 of the table, B in 4 and 5
-    auto &t = table[threadIdx.x / 32]; int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-    sync_warp();
-    for (int e = 0; e < 4; e++) for (int k = 0; k < depth; k++) {
-        u32 a = t[g * 4 + k % 8 / 2][e / 2 + 2 * (k / 8)], b = t[(2 * q + e % 2) * 4 + k % 8 / 2][4 + k / 8];
-        c[e] += half_of(a, k % 2) * half_of(b, k % 2);
-    }
-    sync_warp();
-}
-static void mma_16x8x16(float c[4], const u32 a[4], u32 b0, u32 b1) {
-    u32 *mine = table[threadIdx.x / 32][threadIdx.x % 32], all[6] = {a[0], a[1], a[2], a[3], b0, b1};
-    memcpy(mine, all, 24); multiply(c, 16);
-}
 static void mma_16x8x8(float c[4], u32 a0, u32 a1, u32 b) {
-    u32 *mine = table[threadIdx.x / 32][threadIdx.x % 32], all[6] = {a0, a1, 0, 0, b, 0};
-    memcpy(mine, all, 24); multiply(c, 8);
+    auto &t = table[threadIdx.x / 32]; int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    t[lane][0] = a0; t[lane][1] = a1; t[lane][2] = b;
+    sync_warp();
+    for (int e = 0; e < 4; e++) for (int k = 0; k < 8; k++)
+        c[e] += half_of(t[g * 4 + k / 2][e / 2], k % 2) * half_of(t[(2 * q + e % 2) * 4 + k / 2][2], k % 2);
+    sync_warp();
 }
 static const u16 *rows[THREADS / 32][32];
 static void load_transposed(u32 &b0, u32 &b1, const u16 *row) {
@@ -1849,16 +1852,18 @@ extern "C" void run_softmax_rows(int gx, int gy, const u16 *X, u16 *Y, int rows,
     launch(gx, gy, [](void *p) { auto s = (Softmax *)p; softmax_rows(s->X, s->Y, s->rows, s->n); }, &s); }
 '''
 
-def emulated(arch, replace=('', '')):
-    """kernels.py whose CUDA launches run on the emulator, as a GPU of this architecture; replace plants a bug."""
+def emulated(replace=('', '')):
+    """kernels.py whose CUDA launches run on the emulator; replace plants a bug."""
     kernels, folder = load_kernels(), Path(tempfile.mkdtemp())
     assert replace[0] in kernels.CUDA_SOURCE
     (folder / 'kernels.cpp').write_text(EMULATOR + kernels.CUDA_SOURCE.replace(*replace) + EMULATOR_MAIN)
-    options = ['-O2', '-std=c++17', '-w', '-shared', '-fPIC', f'-D__CUDA_ARCH__={arch}']
+    options = ['-O2', '-std=c++17', '-w', '-shared', '-fPIC']
     subprocess.run(['g++', *options, 'kernels.cpp', '-o', 'kernels.so'], cwd=folder, check=True)
     library = ctypes.CDLL(str(folder / 'kernels.so'))
 
     def launch_cuda(name, grid, x, *arguments):
+        for a in arguments:                # 16 bytes are loaded at once
+            assert all((getattr(a, pointer, None) or 0) % 16 == 0 for pointer in 'Q K V DO O'.split()), 'misaligned'
         by_value = [ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in arguments]
         getattr(library, 'run_' + name)(*grid, *by_value)
     kernels.launch_cuda = launch_cuda
@@ -1878,17 +1883,22 @@ def emulated_error(kernels, case):
     return worst_error(ours, exact(kernels, q, k, v, do, causal=causal))
 
 @needs_gxx
-@pytest.mark.parametrize('arch', [750, 800])
-def test_cuda_cpp_agrees_with_float64(arch):
-    """Guards against wrong fragments, masks, ragged tiles and groups in CUDA C++; 750 has Turing's half-depth
-    instruction, 800 the full one."""
-    kernels = emulated(arch)
+def test_cuda_cpp_agrees_with_float64():
+    """Guards against wrong fragments, masks, ragged tiles and groups in CUDA C++, and against misaligned loads."""
+    kernels = emulated()
     for case in (((2, 2), 128, 128, True, 'transposed'), ((4, 2), 77, 77, True, 'fused'),
                  ((2, 1), 5, 130, True, 'gaps'), ((2, 2), 100, 70, False, 'contiguous'),
                  ((2, 2), 90, 40, True, 'transposed')):
         assert emulated_error(kernels, case) < 1e-3, case
-    x = torch.randn(7, 100).half()
-    assert worst_error([kernels.softmax(x, impl='cuda')], [x.double().softmax(-1)]) < 1e-3
+    with packed_on_the_way():
+        assert emulated_error(kernels, ((4, 2), 70, 70, True, 'transposed')) < 1e-3
+    q, k, v, do = attention_inputs(2, 2, 9, 9, 64, torch.float16)
+    shifted = do.new_empty(do.numel() + 1)[1:].view(2, 9, 2, 64).transpose(1, 2).copy_(do)
+    run = lambda *a: kernels.attention(*a, impl='cuda')
+    assert all(map(torch.equal, output_and_gradients(run, q, k, v, do), output_and_gradients(run, q, k, v, shifted)))
+    with pytest.raises(ValueError, match='too many heads'):
+        kernels.attention(*[x[:1, :1].expand(2**16, 1, 9, 64) for x in (q, k, v)], impl='cuda')
+    check_softmax(kernels, 'cuda', 100, torch.float16)
 
 @needs_gxx
 @pytest.mark.parametrize('bug', [('(A.causal && col > row + offset)', '(A.causal && col >= row + offset)'),
@@ -1896,7 +1906,7 @@ def test_cuda_cpp_agrees_with_float64(arch):
                                  ('- delta[e / 2]', ''), ('mma_16x8x8(c, a[2], a[3], b1);', '')])
 def test_planted_bugs_in_cuda_cpp_are_seen(bug):
     """Guards against an emulator that forgives: a mask off by one, a missing barrier, no delta, half a product."""
-    assert emulated_error(emulated(750, bug), ((2, 2), 128, 128, True, 'transposed')) > 2e-3
+    assert emulated_error(emulated(bug), ((2, 2), 128, 128, True, 'transposed')) > 2e-3
 
 # --- Compilers, without a GPU
 
@@ -1940,24 +1950,27 @@ def report(name, arch, registers, spills, shared, code):
           + ', '.join(f'{n} {i}' for i, n in tensor.items() if n))
     return sum(tensor.values())
 
-def alone_compile_triton():
+@needs_triton
+@alone(TRITON_INTERPRET='0')
+def test_triton_compiles_without_spills():
+    """Guards against kernels that compile only in the interpreter, tiles beyond the shared memory of a GPU, register
+    spills at D = 64 (RTX 50: a few) and products that miss the tensor cores."""
     kernels, gpu = load_kernels(), torch.device('cuda')
-    half, single = torch.zeros(1, 1, 1, 64, dtype=torch.float16), torch.zeros(1, 1, 1, 64)
     names = ('attention_forward_kernel', 'attention_dq_kernel', 'attention_dkv_kernel')
-    limit = {80: 101376, 90: 232448}              # bytes a block may have; sm_86 uses 8.0's tiles and has less
-    for arch in (80, 90):
+    limit = {75: 65536, 80: 101376, 90: 232448, 120: 101376}   # bytes a block may have; sm_86 has 8.0's tiles and less
+    for arch in limit:
         kernels.capability = lambda device: divmod(arch, 10)
-        jobs = [(name, 'fp16', c) for D in (64, 128) for name, c in
-                zip(names, kernels.attention_constants(gpu, torch.float16, D, True, False))]
-        jobs += [(names[0], 'bf16', kernels.attention_constants(gpu, torch.bfloat16, 80, True, True)[0])]
+        jobs = [('softmax_kernel', 'fp16', kernels.row_constants(16384)),
+                ('softmax_backward_kernel', 'fp16', kernels.row_constants(16384)),
+                ('cross_entropy_kernel', 'fp16', dict(GRAD=True, BLOCK=4096, num_warps=8))]
+        settings = [('fp16', torch.float16, D, True, False) for D in (64, 128)] if arch >= 80 else []
         if arch == 80:
-            jobs += [(name, 'fp32', c) for name, c in
-                     zip(names, kernels.attention_constants(gpu, torch.float32, 128, True, False))]
-        jobs += [('decode_kernel', 'bf16', dict(D=64, DP=64, G=1, GP=16, BN=64, PRECISION='ieee')),
-                 ('decode_combine_kernel', 'bf16', dict(D=64, DP=64, G=1, GP=16, SP=4)),
-                 ('softmax_kernel', 'fp16', kernels.row_constants(1024)),
-                 ('softmax_backward_kernel', 'fp16', kernels.row_constants(1024)),
-                 ('cross_entropy_kernel', 'bf16', dict(GRAD=True, BLOCK=4096, num_warps=8))]
+            settings += [('bf16', torch.bfloat16, 80, False, True), ('fp32', torch.float32, 128, True, False)]
+            jobs += [('decode_kernel', 'bf16', dict(D=64, DP=64, G=1, GP=16, BN=64)),
+                     ('decode_combine_kernel', 'bf16', dict(D=64, DP=64, G=1, GP=16, SP=4)),
+                     ('cross_entropy_kernel', 'bf16', dict(GRAD=False, BLOCK=4096, num_warps=8))]
+        jobs += [(name, dtype, c) for dtype, *setting in settings
+                 for name, c in zip(names, kernels.attention_constants(gpu, *setting))]
         for name, dtype, constants in jobs:
             cubin, shared = compile_triton(getattr(kernels, name), arch, dtype, **constants)
             usage, code = read_cubin(cubin)
@@ -1966,16 +1979,10 @@ def alone_compile_triton():
             label = f"{name[:-7]} {dtype} {constants.get('D', '')}"
             tensor = report(label, arch, registers, spills, shared, code)
             assert shared <= limit[arch], f'{label}: {shared} bytes of shared memory'
-            if constants.get('D') == 64:
-                assert spills == 0, f'{label} spills'
+            if constants.get('D', 64) == 64:
+                assert spills <= (16 if arch == 120 else 0), f'{label} spills'
             if dtype != 'fp32' and ('attention' in name or name == 'decode_kernel'):
                 assert tensor, f'{label} has no tensor-core instructions'
-
-@needs_triton
-def test_triton_compiles_without_spills(tmp_path):
-    """Guards against kernels that compile only in the interpreter, tiles beyond the shared memory of a GPU, register
-    spills at D = 64 and products that miss the tensor cores."""
-    run_alone(alone_compile_triton, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET='0')
 
 def have_nvrtc():
     return have('cuda') and have('cuda.bindings') and have('nvidia') and have('triton')
@@ -1984,7 +1991,7 @@ def have_nvrtc():
 def test_cuda_cpp_compiles_without_spills(kernels, tmp_path, monkeypatch):
     """Guards against CUDA C++ that NVRTC refuses, spills, shared memory above 48 KB and missing tensor-core code."""
     monkeypatch.setenv('GPT_CACHE', str(tmp_path))
-    for arch in (75, 80, 90):
+    for arch in (75, 80, 90, 120):
         usage, code = read_cubin(kernels.cuda_image(f'sm_{arch}'))
         for name, (registers, stack, shared) in usage.items():
             part = code[code.index(f'.text.{name}:'):]
@@ -1997,7 +2004,66 @@ def test_cuda_cpp_compiles_without_spills(kernels, tmp_path, monkeypatch):
     assert b'.target sm_75' in kernels.cuda_image('compute_75')   # PTX for the T4 path on newer GPUs
     written = lambda: {path: path.stat().st_mtime_ns for path in tmp_path.glob('kernels-*')}
     before = written()
-    assert len(before) == 4 and kernels.cuda_image('sm_75') and written() == before
+    assert len(before) == 5 and kernels.cuda_image('sm_75') and written() == before
+
+# --- A real GPU
+
+def check_machine(device, impl, dtypes, cases):
+    """Everything once on a device; the interpreter runs it too, so that no GPU meets a test that nobody has run."""
+    kernels, device, gpu = load_kernels(), torch.device(device), device == 'cuda'
+    for dtype in dtypes:
+        for case in cases:
+            name = impl or kernels.describe(device, dtype, case[1])[0]
+            if name != 'sdpa':
+                error = attention_error(kernels, [*case[:-1], dtype], name, device)
+                assert error < TOLERANCE[dtype], f'{name} {dtype} {case}: {error:.1e}'
+        name = impl or kernels.describe(device, dtype, 64)[0]
+        q, k, v, do = attention_inputs(4, 2, 70, 70, 64, dtype, device=device)
+        assert name == 'sdpa' or not kernels.self_check(name, device, dtype, 64)
+        ones = torch.ones_like(v).requires_grad_()                # o is linear in v: one mask makes both sums equal
+        o = kernels.attention(q, k, ones, dropout_p=0.5, impl=impl or 'auto').double()
+        dv, = torch.autograd.grad(o.sum(), ones)
+        assert abs(o.mean() - 1) < 0.1 and abs(dv.double().sum() / o.sum() - 1) < TOLERANCE[dtype]
+        with torch.autocast(device.type, dtype):
+            o = kernels.attention(q.float(), k.float(), v.float(), impl=impl or 'auto')
+        assert o.dtype == (dtype if gpu else torch.float32)
+        assert worst_error([o], [kernels.attention_reference(q.double(), k.double(), v.double())]) < TOLERANCE[dtype]
+        whole = torch.compile(lambda *a: kernels.attention(*a, impl=impl or 'auto'), fullgraph=True,
+                              backend='inductor' if gpu else 'aot_eager')
+        run = lambda f: output_and_gradients(f, q, k, v, do)
+        assert worst_error(run(whole), exact(kernels, q, k, v, do)) < TOLERANCE[dtype]
+        check_decode(kernels, impl or 'auto', 6, 2, 48, 700, (129, 640), dtype, device)
+        for n in (77, 3000):
+            check_softmax(kernels, impl or 'auto', n, dtype, device=device)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        check_loss(kernels, monkeypatch, device)
+    print(device, dict(kernels.calls))
+    return kernels
+
+@in_interpreter
+def test_what_a_gpu_will_be_asked_runs_here():
+    """Guards against typing errors in the test below, which most machines skip."""
+    check_machine('cpu', 'triton', [torch.float16], [[17, 48, (4, 1), True, 51, 'gaps', None]])
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_kernels_on_this_gpu(monkeypatch):
+    """Guards against everything that the interpreter, the emulator and the compilers cannot show."""
+    kernels = check_machine('cuda', None, [torch.float16, torch.bfloat16], list(covering_pairs(*CASES)))
+    if not kernels.missing('triton', torch.device('cuda'), torch.float16, 64):
+        q, k, v, _ = attention_inputs(4, 2, 1, 300, 64, torch.float16, device='cuda')
+        lengths, graph = torch.tensor([3, 300], dtype=torch.int32, device='cuda'), torch.cuda.CUDAGraph()
+        decode = lambda: kernels.decode_attention(q, k, v, lengths, impl='triton')
+        decode()                                                  # compiles, which a capture may not
+        with torch.cuda.graph(graph):
+            o = decode()
+        lengths.copy_(torch.tensor([200, 1]))
+        graph.replay()
+        assert torch.equal(o, decode())
+    if not kernels.missing('cuda', torch.device('cuda'), torch.float16, 64):   # as PTX, which each GPU translates
+        monkeypatch.setattr(kernels, 'cuda_image', lambda arch, image=kernels.cuda_image: image('compute_75'))
+        kernels.cuda_function.cache_clear()
+        for pattern in ('transposed', 'gaps'):
+            assert attention_error(kernels, [77, 64, (4, 2), True, 51, pattern, torch.float16], 'cuda', 'cuda') < 1e-3
 
 # --- What runs everywhere
 
@@ -2103,39 +2169,44 @@ def test_rules(monkeypatch):
     for capability, present, request, reason in refused:
         with pytest.raises(ValueError, match=reason):
             pretend(load_kernels(), monkeypatch, capability, **present)(**request)
+    for capability, dtype, reason in (((7, 5), half, ''), ((7, 5), bf16, 'no bf16'), ((8, 0), bf16, ''),
+                                      ((7, 0), half, '7.5'), ((8, 0), torch.float64, 'float64')):
+        kernels = load_kernels()                                  # softmax and the loss: no tensor cores, no head size
+        pretend(kernels, monkeypatch, capability)
+        assert reason in (why := kernels.missing('triton', torch.device('cuda'), dtype)) and bool(reason) == bool(why)
     for capability, name in (((9, 0), 'sdpa'), ((8, 0), 'triton')):
         kernels = load_kernels()
         kernels.SDPA_WINS.add(((9, 0), 64))
         assert pretend(kernels, monkeypatch, capability)()[0] == name
 
-def alone_refusals():
+@in_interpreter
+def test_kernels_refuse_what_they_cannot_read():
+    """Guards against kernels that read beyond a tensor, or that overflow under a scale that is not positive."""
     kernels = load_kernels()
     q, k, v, _ = attention_inputs(4, 2, 8, 8, 16, torch.float32)
     for bad, options in (((q, k[:, :, :5], v), {}), ((q[:, :3], k, v), {}), ((q, k.half(), v), {}),
                          ((q, k, v), dict(scale=0.0))):
         with pytest.raises(ValueError, match='cannot run'):
             kernels.attention(*bad, impl='triton', **options)
-
-@needs_interpreter
-def test_kernels_refuse_what_they_cannot_read():
-    """Guards against kernels that read beyond a tensor, or that overflow under a scale that is not positive."""
-    run_alone(alone_refusals, TRITON_INTERPRET='1')
+    for word, x in (('plain', q), ('triton', q.double()), ('triton', torch.zeros(2, 16385)), ('cuda', q.half())):
+        with pytest.raises(ValueError, match='choose one of' if word == 'plain' else 'cannot run'):
+            kernels.softmax(x, impl=word)
 
 # --- The loss
 
-def loss_inputs(dtype=torch.float64, N=50, C=16, V=300):
+def loss_inputs(dtype=torch.float64, N=50, C=16, V=300, device='cpu'):
     torch.manual_seed(1)
     x, weight, targets = torch.randn(N, C), torch.randn(V, C), torch.randint(V, (N,))
     targets[::7] = -1
-    return x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
+    return x.to(device, dtype).requires_grad_(), weight.to(device, dtype).requires_grad_(), targets.to(device)
 
 def loss_and_gradients(loss, *inputs):
     return loss.detach(), *torch.autograd.grad(loss * 1.7, inputs)
 
-def check_loss(kernels, monkeypatch):
+def check_loss(kernels, monkeypatch, device='cpu'):
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6), (torch.float16, 2e-3),
                              (torch.bfloat16, 2e-2)):
-        x, weight, targets = loss_inputs(dtype)
+        x, weight, targets = loss_inputs(dtype, device=device)
         wide = [t.detach().double().requires_grad_() for t in (x, weight)]
         truth = loss_and_gradients(F.cross_entropy(F.linear(*wide), targets, ignore_index=-1), *wide)
         for slice_size in (2**24, 300 * 50 - 1, 300 * 13, 1):     # whole, two slices, several, one row each
@@ -2151,18 +2222,17 @@ def test_loss_agrees_with_pytorch(kernels, monkeypatch):
     """Guards against wrong gradients, slices, ignored targets, dtypes and scales (a loss scaled before backward)."""
     check_loss(kernels, monkeypatch)
 
-def alone_loss():
+@in_interpreter
+def test_triton_loss_rows_agree_with_pytorch():
+    """Guards against a wrong Triton row kernel: logits overwritten too early, ragged ends, ignored rows."""
     kernels = load_kernels()
-    real, kernels.missing = kernels.missing, lambda impl, device, *a: real(impl, device, *a)
     with pytest.MonkeyPatch.context() as monkeypatch:
         check_loss(kernels, monkeypatch)
     assert kernels.calls['cross_entropy_kernel'] > 0
+    for target, nan in ((299, False), (300, True), (-2, True)):   # out of range: nothing is read there, and it shows
+        loss, _ = kernels.cross_entropy_rows(torch.zeros(1, 300), torch.tensor([target]), -1, False)
+        assert loss.isnan().item() == nan
     print('cross-entropy rows agree;', dict(kernels.calls))
-
-@needs_interpreter
-def test_triton_loss_rows_agree_with_pytorch():
-    """Guards against a wrong Triton row kernel: logits overwritten too early, ragged ends, ignored rows."""
-    run_alone(alone_loss, TRITON_INTERPRET='1')
 
 def test_loss_under_autocast_no_grad_and_compile(kernels, monkeypatch):
     """Guards against a loss made in bf16, gradients in another dtype than the parameters, gradients made in evaluation
