@@ -1166,13 +1166,15 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 def cache_folder():
     """$GPT_CACHE, else ~/.cache/gpt, else, where that cannot be written, a folder for this process alone."""
-    folder = Path(os.environ.get("GPT_CACHE") or Path.home() / ".cache" / "gpt")
     try:
+        folder = Path(os.environ.get("GPT_CACHE") or Path.home() / ".cache" / "gpt")
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
         return folder
     except OSError as e:
         return temporary_folder(f"{folder}: {e.strerror}")
+    except RuntimeError:
+        return temporary_folder("this user has no home folder")
 
 @functools.cache
 def temporary_folder(reason):

@@ -1,6 +1,6 @@
 """Tests of gpt.py and kernels.py: `python -m pytest -q`. Quick, without network, in temporary folders."""
-import ctypes, doctest, gzip, importlib.util, io, itertools, json, math, os, pickle, random, re, shutil, signal, struct
-import subprocess, sys, tempfile, time, types, zipfile
+import ctypes, doctest, gzip, importlib.metadata, importlib.util, io, itertools, json, math, os, pickle, random, re, shutil
+import signal, struct, subprocess, sys, tempfile, time, types, zipfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -1507,6 +1507,9 @@ def test_the_source_keeps_its_promises():
 def have(module):
     return importlib.util.find_spec(module) is not None
 
+def older(module, major, minor):
+    return tuple(map(int, importlib.metadata.version(module).split(".")[:2])) < (major, minor)
+
 needs_interpreter = pytest.mark.skipif(not (have('triton') and have('numpy')), reason='needs triton and numpy')
 needs_triton = pytest.mark.skipif(not have('triton'), reason='needs triton')
 needs_gxx = pytest.mark.skipif(not shutil.which('g++'), reason='needs g++')
@@ -1742,7 +1745,7 @@ def test_ops_compile_and_self_check():
         part = [torch.randn(2, heads, T, 16, requires_grad=True) for heads in (4, 2, 2)]
         plain = kernels.attention(*part, impl='sdpa').square().sum()
         assert torch.allclose(run(*part), plain, rtol=1e-4)
-    assert len(graphs) == 1 and len(graphs[0]) == 1, graphs
+    assert all(len(graph) == 1 for graph in graphs) and (len(graphs) == 1 or older('torch', 2, 7)), graphs
     # The self-check: right kernels pass; kernels that return zeros or fail lose to SDPA, with one warning.
     kernels.attention(q, k, v, impl='triton').add_(1)             # the output is no view: it may change in place
     device = torch.device('cpu')
@@ -1951,6 +1954,7 @@ def report(name, arch, registers, spills, shared, code):
     return sum(tensor.values())
 
 @needs_triton
+@pytest.mark.skipif(have('triton') and older('triton', 3, 3), reason="Triton's compiler was called otherwise before 3.3")
 @alone(TRITON_INTERPRET='0')
 def test_triton_compiles_without_spills():
     """Guards against kernels that compile only in the interpreter, tiles beyond the shared memory of a GPU, register
@@ -1964,8 +1968,9 @@ def test_triton_compiles_without_spills():
                 ('softmax_backward_kernel', 'fp16', kernels.row_constants(16384)),
                 ('cross_entropy_kernel', 'fp16', dict(GRAD=True, BLOCK=4096, num_warps=8))]
         settings = [('fp16', torch.float16, D, True, False) for D in (64, 128)] if arch >= 80 else []
-        if arch == 80:
-            settings += [('bf16', torch.bfloat16, 80, False, True), ('fp32', torch.float32, 128, True, False)]
+        if arch in (80, 90):
+            settings += [('bf16', torch.bfloat16, 80, False, True)]
+            settings += [('fp32', torch.float32, 128, True, False)] if arch == 80 else []
             jobs += [('decode_kernel', 'bf16', dict(D=64, DP=64, G=1, GP=16, BN=64)),
                      ('decode_combine_kernel', 'bf16', dict(D=64, DP=64, G=1, GP=16, SP=4)),
                      ('cross_entropy_kernel', 'bf16', dict(GRAD=False, BLOCK=4096, num_warps=8))]
