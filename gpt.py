@@ -446,10 +446,11 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         q, k, v = (linear(x).view(B, T, -1, self.head_dim) for linear in (self.q, self.k, self.v))
         if self.q_norm is not None:
-            q, k = self.q_norm(q).type_as(v), self.k_norm(k).type_as(v)
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), and twice (B, H_kv, T, D)
         if rotary is not None:
-            q, k = rotate(q, *rotary).type_as(v), rotate(k, *rotary).type_as(v)
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k = q.type_as(v), k.type_as(v)  # under autocast the two steps before give float32
         if cache is not None:  # write these keys and values behind the earlier ones, and attend to all of them
             cache[:, :, :, start:start + T] = torch.stack((k, v))
             k, v = cache[:, :, :, :start + T]
@@ -838,7 +839,7 @@ class Run:
             x = self.windows(0)[:s.batch_size, 1:].to(self.device).contiguous()
             self.model = compiled(self.raw, x, precision(self.device, self.dtype))
         if self.world > 1:
-            self.model = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+            self.model = nn.parallel.DistributedDataParallel(self.model)
         if self.rank == 0:
             V = config.vocab_size
             say(f"{self.device}, {str(self.dtype)[6:]} ({why}), {attention}\n{count(self.raw):,} parameters, {V:,} "
@@ -1125,11 +1126,14 @@ def read_prompt(prompt, tokenizer):
         prompt = "".join(c for c in prompt if c in tokenizer.chars)
     return prompt, tokenizer.encode(prompt, special=True)
 
+def load_source(s):
+    return load_model(s.init) if s.init else from_checkpoint(load_run(Path(s.out)), s.out)
+
 def open_model(s, half=False):
     """The model that --init or --out names, on its device -> (model, tokenizer, the precision to call it in). If
     `half`, the weights themselves are in a half precision: sampling, which mostly waits for them, is faster so."""
     device = pick_device(s.device)
-    model, tokenizer = load_model(s.init) if s.init else from_checkpoint(load_run(Path(s.out)), s.out)
+    model, tokenizer = load_source(s)
     need_tokenizer(tokenizer, s.init)
     dtype, _ = pick_dtype(s.dtype, device)
     model.to(device, dtype if half or dtype == torch.float64 else torch.float32)
@@ -1749,13 +1753,14 @@ def ablate(**given):
             begun = {"resume": True} if can_resume(folder) else given | plan | {"seed": seed, "overwrite": True}
             last = train(**begun, out=str(folder))
             if last["signal"]:
+                notice("the same `ablate` command goes on with it, and with the runs after it")
                 return {"signal": last["signal"]}
             loss = evaluate(out=str(folder), device=given.get("device", "auto"))["loss"]
         rows.append({"setting": text(plan), "seed": seed, "parameters": count(load_model(folder)[0]), "loss": loss,
                      "steps": last["step"], "seconds": round(last["seconds"], 1)})
         write_whole(path, [json.dumps(done, indent=1).encode()])
         notice(f"loss {loss:.4f} after {last['seconds']:.0f} s")
-    say("| setting | parameters | loss | less than the first of its kind | seconds |\n| --- | --- | --- | --- | --- |")
+    say("| setting | parameters | loss | improvement over the first of its sweep | seconds |\n| --- | --- | --- | --- | --- |")
     for group, plan in ((group, plan) for group in groups for plan in group):
         rows = [row for row in done["rows"] if row["setting"] == text(plan)]
         loss, seconds = (torch.tensor([row[key] for row in rows], dtype=torch.float64) for key in ("loss", "seconds"))
@@ -1897,7 +1902,7 @@ function draw() {  // everything that the slider moves
   r.top.forEach((top, i) => {
     const card = add($('next'), 'div', '', {class: 'card'}), truth = r.text[i + 1]
     add(card, 'b', `${i + 1} ${shown(r.text[i])}`)
-    if (truth) add(card, 'small', ` then ${shown(truth)} (${r.rank[i]}.)`)
+    if (truth) add(card, 'small', ` then ${shown(truth)} (rank ${r.rank[i]})`)
     for (const [token, p] of top)
       add(card, 'div', `${shown(token).padEnd(4)} ${(100 * p).toFixed(1)}%`,
         {class: token === truth ? 'bar true' : 'bar', style: `--p: ${100 * p}%`})
@@ -2200,7 +2205,7 @@ def export(**given):
     folder = Path(s.folder)
     if not s.folder or os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise Error(f"export: {folder} is there already; name a new or an empty folder")
-    model, tokenizer = load_model(s.init or os.path.abspath(s.out))  # a path, so that --out gpt2 is a folder
+    model, tokenizer = load_source(s)
     (kind, about), eot = config_out(model.config), getattr(tokenizer, "eot", None)
     files = {"config.json": about | {"torch_dtype": "float32", "bos_token_id": eot, "eos_token_id": eot}}
     if tokenizer:
@@ -2238,7 +2243,7 @@ def load_model(source, device="cpu"):
     return model.to(device), tokenizer
 
 def notice(text):
-    print(f"gpt.py: {text}", file=sys.stderr, flush=True)
+    print("\r\x1b[K" * sys.stderr.isatty() + f"gpt.py: {text}", file=sys.stderr, flush=True)  # over a line of progress
 
 def show(loss):
     return "-" if loss is None else f"{loss:.4f}"
