@@ -1,6 +1,6 @@
 """Tests of gpt.py and kernels.py: `python -m pytest -q`. Quick, without network, in temporary folders."""
 import ctypes, doctest, gzip, importlib.metadata, importlib.util, io, itertools, json, math, os, pickle, random, re, shutil
-import signal, struct, subprocess, sys, tempfile, time, types, zipfile
+import signal, socket, struct, subprocess, sys, tempfile, time, types, zipfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -437,12 +437,17 @@ def test_fine_tuning_keeps_weights_and_tokenizer_and_starts_anew():
     assert result["step"] == 3 and state["tokenizer"]["chars"] == "".join(sorted(set(TEXT)))
     assert state["settings"]["training"]["lr"] == pytest.approx(gpt.Training.lr / 10) and state["settings"]["config"]["n_embd"] == 32
 
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
 @pytest.mark.skipif(not torch.distributed.is_available() or os.name == "nt", reason="needs torch.distributed")
 def test_two_processes_give_the_weights_of_one():
     """Gradients must be averaged once per step, and the processes must see different halves of the same batch."""
     common = ["--data", "text.txt", *FLAGS, "--steps", "10", "--dtype", "float64", "--dropout", "0", "--accum", "2", "--device", "cpu"]
     assert gpt.main(["train", *common, "--out", "one"]) == 0
-    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29577", HERE / "gpt.py", "train",
+    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(), HERE / "gpt.py", "train",
                           *common, "--out", "two", "--batch-size", "2"], capture_output=True, text=True, timeout=120)
     assert two.returncode == 0, two.stderr
     a, b = weights("one"), weights("two")
@@ -464,7 +469,7 @@ gpt.Run.update = update
 sys.exit(gpt.main())""", "utf-8")
     flags = ["--data", "text.txt", *FLAGS, "--steps", "10", "--device", "cpu", "--batch-size", "2", "--save-every", "2", "--overwrite"]
     def run(out, *words):
-        return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", "--master-port", "29579", *words,
+        return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", "--master-port", free_port(), *words,
                                "train", *flags, "--out", out], capture_output=True, text=True, timeout=120)
     died = run("died", "dying.py", HERE)
     assert died.returncode == 0, died.stderr
