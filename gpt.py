@@ -402,16 +402,16 @@ def use_attention(model, impl, dtype):
     if model.config.n_layer == 0:
         return "no attention"
     device, products = next(model.parameters()).device, torch.get_float32_matmul_precision()
-    shape, dropout = (device, dtype, model.config.head_dim), model.training and model.config.dropout > 0
+    shape, drops = (device, dtype, model.config.head_dim), model.training and model.config.dropout > 0
     if impl == "auto" and device.type == "cpu" and model.config.block_size <= 256 and products == "medium":
         attend, reason = plain_attention, "plain attention (the fastest to train on a CPU up to context 256)"
     elif impl == "plain":
         attend, reason = plain_attention, "plain attention"
-    elif impl in ("triton", "cuda") and (why := NO_KERNELS or kernels.missing(impl, *shape, dropout)):
+    elif impl in ("triton", "cuda") and (why := NO_KERNELS or kernels.missing(impl, *shape, drops)):
         raise Error(f"--attention {impl}: {why}")
     elif not NO_KERNELS:
         attend, reason = functools.partial(kernels.attention, impl=impl), "{} attention ({})".format(
-            *kernels.describe(*shape, impl, dropout))
+            *kernels.describe(*shape, impl, drops))
     else:
         attend, reason = fused_attention, f"torch's attention ({NO_KERNELS})"
     for block in model.blocks:
