@@ -402,16 +402,16 @@ def use_attention(model, impl, dtype):
     if model.config.n_layer == 0:
         return "no attention"
     device, products = next(model.parameters()).device, torch.get_float32_matmul_precision()
-    shape, drops = (device, dtype, model.config.head_dim), model.training and model.config.dropout > 0
+    case, drops = (device, dtype, model.config.head_dim), model.training and model.config.dropout > 0
     if impl == "auto" and device.type == "cpu" and model.config.block_size <= 256 and products == "medium":
         attend, reason = plain_attention, "plain attention (the fastest to train on a CPU up to context 256)"
     elif impl == "plain":
         attend, reason = plain_attention, "plain attention"
-    elif impl in ("triton", "cuda") and (why := NO_KERNELS or kernels.missing(impl, *shape, drops)):
+    elif impl in ("triton", "cuda") and (why := NO_KERNELS or kernels.missing(impl, *case, drops)):
         raise Error(f"--attention {impl}: {why}")
     elif not NO_KERNELS:
         attend, reason = functools.partial(kernels.attention, impl=impl), "{} attention ({})".format(
-            *kernels.describe(*shape, impl, drops))
+            *kernels.describe(*case, impl, drops))
     else:
         attend, reason = fused_attention, f"torch's attention ({NO_KERNELS})"
     for block in model.blocks:
@@ -1760,11 +1760,12 @@ def ablate(**given):
                      "steps": last["step"], "seconds": round(last["seconds"], 1)})
         write_whole(path, [json.dumps(done, indent=1).encode()])
         notice(f"loss {loss:.4f} after {last['seconds']:.0f} s")
-    say("| setting | parameters | loss | improvement over the first of its sweep | seconds |\n| --- | --- | --- | --- | --- |")
-    for group, plan in ((group, plan) for group in groups for plan in group):
+    say("| setting | parameters | loss | improvement over the first of its sweep | seconds |")
+    say("| --- | --- | --- | --- | --- |")
+    for plan in plans:
         rows = [row for row in done["rows"] if row["setting"] == text(plan)]
         loss, seconds = (torch.tensor([row[key] for row in rows], dtype=torch.float64) for key in ("loss", "seconds"))
-        first = loss.mean() if plan is group[0] else first
+        first = loss.mean() if any(plan is group[0] for group in groups) else first
         spread = f" ± {loss.std():.4f}" if len(rows) > 1 else ""
         say(f"| {text(plan)} | {rows[0]['parameters']:,} | {loss.mean():.4f}{spread} | {first - loss.mean():.4f} | "
             f"{seconds.mean():.0f} |")
