@@ -416,6 +416,8 @@ def use_attention(model, impl, dtype):
         attend, reason = fused_attention, f"torch's attention ({NO_KERNELS})"
     for block in model.blocks:
         block.attn.attend = attend
+        if device.type == "cuda" and not model.training and not NO_KERNELS and impl != "plain":
+            block.attn.decode = functools.partial(kernels.decode_attention, impl="auto" if impl == "cuda" else impl)
     return reason
 
 def make_norm(config, size):
@@ -441,8 +443,9 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.attend = fused_attention  # any function of q, k, v and dropout_p; `use_attention` picks one
+        self.decode = None  # the same for one new token and a whole cache; only a GPU has it, for `captured`
 
-    def forward(self, x, rotary, cache, start):
+    def forward(self, x, rotary, cache, at, lengths):
         B, T, _ = x.shape
         q, k, v = (linear(x).view(B, T, -1, self.head_dim) for linear in (self.q, self.k, self.v))
         if self.q_norm is not None:
@@ -452,9 +455,12 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         q, k = q.type_as(v), k.type_as(v)  # under autocast the two steps before give float32
         if cache is not None:  # write these keys and values behind the earlier ones, and attend to all of them
-            cache[:, :, :, start:start + T] = torch.stack((k, v))
-            k, v = cache[:, :, :, :start + T]
-        y = self.attend(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+            cache[:, :, :, at] = torch.stack((k, v))
+            k, v = cache if lengths is not None else cache[:, :, :, :at.stop]
+        if lengths is not None:
+            y = self.decode(q, k, v, lengths)
+        else:
+            y = self.attend(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 class MLP(nn.Module):
@@ -480,15 +486,17 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = make_norm(config, config.n_embd), MLP(config)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x, rotary=None, cache=None, start=0):
-        x = x + self.dropout(self.attn(self.attn_norm(x), rotary, cache, start))  # the residual stream is x:
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))                       # blocks only ever add to it
+    def forward(self, x, rotary=None, cache=None, at=None, lengths=None):
+        x = x + self.dropout(self.attn(self.attn_norm(x), rotary, cache, at, lengths))  # the residual stream is x:
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))                             # blocks only ever add to it
 
 @dataclass
 class Cache:
-    """The keys and values of the first `length` tokens, (n_layer, 2, B, H_kv, block_size, D)."""
+    """The keys and values of the first `length` tokens, (n_layer, 2, B, H_kv, block_size, D). In a CUDA graph, where
+    nothing but tensors may change, `lengths` (B,) counts them instead, the token on its way included."""
     kv: torch.Tensor
     length: int = 0
+    lengths: torch.Tensor = None
 
 class GPT(nn.Module):
     """Ids (B, T) to logits over the next token (B, T, V)."""
@@ -532,24 +540,25 @@ class GPT(nn.Module):
 
     def new_cache(self, B):
         c = self.config
-        return Cache(self.embed.weight.new_empty(c.n_layer, 2, B, c.n_kv_head, c.block_size, c.head_dim))
+        return Cache(self.embed.weight.new_zeros(c.n_layer, 2, B, c.n_kv_head, c.block_size, c.head_dim))
 
     def forward(self, idx, targets=None, cache=None, last=False):
         """idx (B, T) int64 -> (logits, loss). With targets (B, T), logits is None and loss the mean in nats, over
         targets that are not -1. Without, loss is None and logits (B, T, V), or (B, 1, V) if `last`. With a cache, idx
         are the tokens after those that it holds."""
-        start = cache.length if cache else 0
+        start, lengths = (cache.length, cache.lengths) if cache else (0, None)
         T = idx.size(1)
+        at = slice(start, start + T) if lengths is None else lengths[:1].long() - 1  # the positions of idx
         x = self.embed(idx)  # (B, T, C)
         if self.positions is not None:
-            x = x + self.positions.weight[start:start + T]
+            x = x + self.positions.weight[at]
         x = self.dropout(x)
-        rotary = (self.cos[start:start + T], self.sin[start:start + T]) if self.config.pos == "rope" else None
+        rotary = (self.cos[at], self.sin[at]) if self.config.pos == "rope" else None
         for i, block in enumerate(self.blocks):
             if self.checkpoint_activations and self.training:
                 x = torch.utils.checkpoint.checkpoint(block, x, rotary, use_reentrant=False)
             else:
-                x = block(x, rotary, cache.kv[i] if cache else None, start)
+                x = block(x, rotary, cache.kv[i] if cache else None, at, lengths)
         if cache:
             cache.length += T  # the position advances here and nowhere else
         if targets is not None:
@@ -1028,11 +1037,13 @@ class Run:
 
 def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw (B,) ids from logits (B, V). On the CPU in float32, so that every device draws the same from the same."""
-    logits = logits.float().cpu()
-    if not logits.isfinite().all():
+    greedy = temperature < 1e-6
+    logits = logits if greedy and logits.is_cuda else logits.float().cpu()
+    best, ids = logits.max(dim=-1)  # NaN if any is; of several equal ones the first
+    if not best.isfinite().all():
         raise Error("the model's logits are not finite: trained too fast, or half precision is too coarse for it", 1)
-    if temperature < 1e-6:
-        return logits.argmax(dim=-1)
+    if greedy:
+        return ids
     logits, V = logits / temperature, logits.size(-1)
     top_k = top_k if top_k < V else 0
     if not top_k and top_p >= 1:
@@ -1052,16 +1063,53 @@ def generate(model, idx, tokens, temperature=1.0, top_k=0, top_p=1.0, generator=
     block_size = model.config.block_size
     idx = new = idx[:, -block_size:]
     cache = model.new_cache(len(idx)) if use_cache else None
+    step = captured(model, cache) if use_cache and tokens > 16 else None
     for _ in range(tokens):
-        logits, _ = model(new if use_cache else idx, cache=cache, last=True)  # (B, 1, V)
+        if step and cache.length:
+            logits = step(new)
+        else:
+            logits, _ = model(new if use_cache else idx, cache=cache, last=True)  # (B, 1, V)
         ids = sample_next(logits[:, -1], temperature, top_k, top_p, generator)
-        yield ids
+        yield ids.cpu()
         new = ids[:, None].to(idx.device)
         idx = torch.cat((idx, new), dim=1)
         if idx.size(1) > block_size:
             idx = new = idx[:, -max(1, block_size // 2):]
             if use_cache:
                 cache.length = 0
+
+def captured(model, cache):
+    """A step by one token a row as a CUDA graph, in which hundreds of launches become one: a function of ids (B, 1),
+    which gives the next logits (B, 1, V), or None where there is no GPU, or where it does not do what `model` does."""
+    if not (model.config.n_layer and model.blocks[0].attn.decode):
+        return None
+    B, device = cache.kv.size(2), cache.kv.device
+    ids, lengths = torch.zeros(B, 1, dtype=torch.long, device=device), torch.ones(B, dtype=torch.int32, device=device)
+    def forward():
+        return model(ids, cache=Cache(cache.kv, lengths=lengths), last=True)[0]
+    def step(new):
+        ids.copy_(new)
+        lengths.fill_(cache.length + 1)
+        graph.replay()
+        cache.length += 1
+        return logits
+    try:
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            forward()  # what is made at a first call, such as compiled kernels, must be there
+            with torch.cuda.graph(graph, stream=side):
+                logits = forward()
+        torch.cuda.current_stream(device).wait_stream(side)
+        few = torch.arange(min(4, model.config.block_size), device=device).expand(B, -1) % model.config.vocab_size
+        plain = model(few, cache=Cache(cache.kv), last=True)[0]
+        made, cache.length = [step(new) for new in few.split(1, dim=1)][-1], 0
+        error = ((made - plain).float().norm() / plain.float().norm().clamp(min=1e-6)).item()
+        if not error < 0.05:  # half precisions come to about 0.01
+            raise RuntimeError(f"its logits are {error:.2g} away")
+        return step
+    except Exception as e:  # a driver may fail in any way
+        notice(f"no CUDA graph here ({(str(e) or repr(e)).splitlines()[0][:99]}); going on without, more slowly")
 
 def stream_text(tokenizer, ids, stop=""):
     """Ids one by one -> text piece by piece: never half a character, nothing of `stop` nor after it."""

@@ -950,7 +950,8 @@ def decode_forward(q, k_cache, v_cache, lengths):
 
 def decode_attention(q, k_cache, v_cache, lengths, impl='auto'):
     """Attention of one new token per sequence: q (B, H, 1, D), caches (B, H_kv, T_max, D). Sequence b has filled the
-    first lengths[b] places of its own (int32, on the device, at least 1). For sampling: no gradient."""
+    first lengths[b] places of its own (int32, on the device, at least 1); finite numbers must fill the others. For
+    sampling: no gradient."""
     name, _ = describe(q.device, q.dtype, q.shape[-1], 'sdpa' if impl == 'plain' else impl)
     if name == 'cuda':
         refuse(impl, impl == 'cuda' and 'decode_attention has no CUDA C++ kernel')

@@ -1,5 +1,5 @@
 """Tests of gpt.py and kernels.py: `python -m pytest -q`. Quick, without network, in temporary folders."""
-import ctypes, doctest, gzip, importlib.metadata, importlib.util, io, itertools, json, math, os, pickle, random, re, shutil
+import contextlib, ctypes, doctest, gzip, importlib.metadata, importlib.util, io, itertools, json, math, os, pickle, random, re, shutil
 import signal, socket, struct, subprocess, sys, tempfile, time, types, zipfile
 from pathlib import Path
 
@@ -511,6 +511,60 @@ def test_the_cache_changes_nothing_across_the_edge_of_the_context(arch, prompt, 
     assert torch.equal(*runs)
     for cached, uncached in zip(logits[:70], logits[70:]):
         assert (cached - uncached).abs().max() < 1e-4 * max(1, uncached.abs().max())
+
+class Tape(torch.utils._python_dispatch.TorchDispatchMode):
+    """A CUDA graph for CPUs: records ops, and repeats them on the same memory. Python does not run again, so a number
+    that came from it stays as it was; and what would wait for a GPU may not be recorded."""
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        assert op not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), op
+        out = op(*args, **kwargs or {})
+        self.ops.append((op, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        self.replays += 1
+        for op, args, kwargs, out in self.ops:
+            for old, new in zip(*(torch.utils._pytree.tree_leaves(x) for x in (out, op(*args, **kwargs)))):
+                old.copy_(new)
+
+@pytest.fixture
+def taped(monkeypatch):
+    """torch.cuda's graphs and streams as CPU ones -> the graphs made."""
+    made = []
+    def graph():
+        made.append(Tape())
+        made[-1].ops, made[-1].replays = [], 0
+        return made[-1]
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in dict(CUDAGraph=graph, Stream=lambda device: stream, current_stream=lambda device: stream,
+                               graph=lambda graph, stream: graph, stream=lambda s: contextlib.nullcontext()).items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return made
+
+def decode(q, k_cache, v_cache, lengths):
+    mask = torch.arange(k_cache.size(2)) < lengths[:, None, None, None]
+    return F.scaled_dot_product_attention(q, k_cache, v_cache, mask, enable_gqa=True)
+
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_a_cuda_graph_writes_what_the_model_writes(arch, taped):
+    """Guards against a step that keeps the position, the length or the token of its capture."""
+    model, idx = scramble(make(arch, n_kv_head=2 if arch == "qwen3" else 4)), torch.randint(50, (2, 5))
+    plain = list(gpt.generate(model, idx, 70, temperature=0))
+    assert not taped
+    for block in model.blocks:
+        block.attn.decode = decode
+    graphed = list(gpt.generate(model, idx, 70, temperature=0))
+    assert torch.equal(torch.stack(graphed), torch.stack(plain)) and taped[0].replays > 60
+
+@pytest.mark.parametrize("wrong", [lambda q, k, v, lengths: v[:, :, :1].repeat(1, 2, 1, 1),  # not what attention gives
+                                   lambda q, k, v, lengths: k[:, :, :lengths.max()]])  # what no graph can hold
+def test_a_cuda_graph_that_does_not_work_is_not_used(wrong, taped, capsys):
+    model, idx = scramble(make(n_kv_head=2)), torch.randint(50, (2, 5))
+    plain = list(gpt.generate(model, idx, 20, temperature=0))
+    for block in model.blocks:
+        block.attn.decode = wrong
+    assert torch.equal(torch.stack(list(gpt.generate(model, idx, 20, temperature=0))), torch.stack(plain))
+    assert len(lines := capsys.readouterr().err.splitlines()) == 1 and "no CUDA graph here" in lines[0]
 
 def test_prefill_in_chunks_equals_one_pass():
     model, idx = scramble(make(n_kv_head=2)), torch.randint(50, (2, 14))
@@ -1630,8 +1684,10 @@ def packed_on_the_way():
 
 def check_decode(kernels, impl, H, H_kv, D, T_max, lengths, dtype, device='cpu'):
     q, k, v, _ = attention_inputs(H, H_kv, 1, T_max, D, dtype, device=device)
+    masked = q.is_cuda and kernels.describe(q.device, dtype, D, impl)[0] != 'triton'     # masks weigh it with 0
+    beyond = 99.0 if masked else math.nan
     for b, n in enumerate(lengths):
-        k[b, :, n:], v[b, :, n:] = math.nan, math.nan             # nobody may look beyond a sequence's length
+        k[b, :, n:], v[b, :, n:] = beyond, beyond                 # nobody may look beyond a sequence's length
     strided = torch.tensor([(n, -9) for n in lengths], dtype=torch.int32, device=device)[:, 0]
     ours = kernels.decode_attention(q, k, v, strided, impl=impl)
     for b, n in enumerate(lengths):
@@ -2074,6 +2130,17 @@ def test_kernels_on_this_gpu(monkeypatch):
         kernels.cuda_function.cache_clear()
         for pattern in ('transposed', 'gaps'):
             assert attention_error(kernels, [77, 64, (4, 2), True, 51, pattern, torch.float16], 'cuda', 'cuda') < 1e-3
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_sampling_on_this_gpu(capsys):
+    """Guards against a CUDA graph that cannot be made, or that writes another text than the model."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        model, idx = scramble(make(n_kv_head=2)).to('cuda', dtype), torch.randint(50, (2, 5), device='cuda')
+        plain = list(gpt.generate(model, idx, 70, temperature=0))
+        gpt.use_attention(model, 'auto', dtype)
+        graphed = list(gpt.generate(model, idx, 70, temperature=0))
+        assert dtype != torch.float32 or torch.equal(torch.stack(graphed), torch.stack(plain))
+        assert 'CUDA graph' not in capsys.readouterr().err
 
 # --- What runs everywhere
 
