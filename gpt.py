@@ -60,9 +60,10 @@ class Error(ValueError):
         super().__init__(line)
         self.code = code
 
-def setting(default, help, low=0.0, choices=None):
-    """A field with its default, its meaning, and the smallest number or the only words it may be."""
-    return field(default=default, metadata={"help": help, "low": low, "choices": choices.split() if choices else None})
+def setting(default, help, low=0.0, choices=None, below=math.inf):
+    """A field with its default, its meaning, and the only numbers (low <= x < below) or words that it may be."""
+    return field(default=default, metadata={"help": help, "low": low, "below": below,
+                                            "choices": choices.split() if choices else None})
 
 @dataclass
 class Config:
@@ -83,7 +84,7 @@ class Config:
     tie: bool = setting(False, "the head shares the embedding's weights")
     rope_theta: float = setting(10000.0, "RoPE: wavelengths go from 2 pi up to almost 2 pi times this, in tokens", 1.0)
     norm_eps: float = setting(1e-6, "added to the mean square inside norms")
-    dropout: float = setting(0.0, "share of activations zeroed in training")
+    dropout: float = setting(0.0, "share of activations zeroed in training", below=1.0)
 
     def __post_init__(self):
         head_dim_given, self.head_dim = self.head_dim, self.head_dim or self.n_embd // self.n_head
@@ -96,8 +97,6 @@ class Config:
             raise Error(f"--n-head {self.n_head} is not a multiple of --n-kv-head {self.n_kv_head}")
         if self.pos == "rope" and self.head_dim % 2:
             raise Error(f"RoPE rotates pairs, so the head size {self.head_dim} must be even (--n-embd / --n-head)")
-        if not self.dropout < 1:
-            raise Error(f"--dropout {self.dropout} must be below 1")
 
 @dataclass
 class Source:
@@ -127,6 +126,7 @@ class Training(Machine):
     accum: int = setting(1, "forward passes per step and process", 1)
     lr: float = setting(3e-3, "AdamW's peak learning rate; Muon's is 10 times that; a tenth with --init")
     optimizer: str = setting("muon", "muon: hidden matrices, and AdamW the rest; adamw: all", choices="muon adamw")
+    momentum: float = setting(0.9, "Muon's: what a step keeps of the gradients before it", below=1.0)
     weight_decay: float = setting(0.0, "weight decay of matrices")
     grad_clip: float = setting(1.0, "longest gradient (2-norm) that a step follows; 0 is off")
     warmup: int = setting(0, "steps over which the learning rate rises")
@@ -169,7 +169,7 @@ SIZES = {
     "tiny": dict(steps=2200),
     "baby": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64, steps=2500, warmup=50),
     **{name: dict(n_layer=L, n_head=H, n_embd=C, block_size=1024, batch_size=16, accum=32, steps=20000, warmup=200,
-                  lr=2e-3, weight_decay=0.1) for name, (L, H, C) in GPT2_SIZES.items()},
+                  lr=2e-3, momentum=0.95, weight_decay=0.1) for name, (L, H, C) in GPT2_SIZES.items()},
 }
 
 def flag(name):
@@ -192,11 +192,12 @@ def check(given, *classes):
         elif kind is not bool:
             try:
                 value, before = kind(value), value
-                if kind is not str and not (math.isfinite(value) and value == float(before) and value >= rule["low"]):
+                if kind is not str and not (value == float(before) and rule["low"] <= value < rule["below"]):
                     raise ValueError
             except (ValueError, TypeError, OverflowError):
                 noun = "a whole number" if kind is int else "a number"
-                raise Error(f"{flag(name)} takes {noun} of at least {rule['low']:g}, not {value}") from None
+                end = f" and below {rule['below']:g}" if rule["below"] < math.inf else ""
+                raise Error(f"{flag(name)} takes {noun} of at least {rule['low']:g}{end}, not {value}") from None
         if rule["choices"] and value not in rule["choices"]:
             raise Error(f"{flag(name)} is one of {', '.join(rule['choices'])}; not {value!r}")
         checked[name] = value
@@ -414,10 +415,13 @@ def use_attention(model, impl, dtype):
             *kernels.describe(*case, impl, drops))
     else:
         attend, reason = fused_attention, f"torch's attention ({NO_KERNELS})"
+    decode = None
+    if device.type == "cuda" and not model.training and not NO_KERNELS and impl != "plain":
+        impl = "auto" if impl == "cuda" else impl
+        if model.config.block_size <= 2048 or kernels.describe(*case, impl)[0] == "triton":  # others read a whole cache
+            decode = functools.partial(kernels.decode_attention, impl=impl)
     for block in model.blocks:
-        block.attn.attend = attend
-        if device.type == "cuda" and not model.training and not NO_KERNELS and impl != "plain":
-            block.attn.decode = functools.partial(kernels.decode_attention, impl="auto" if impl == "cuda" else impl)
+        block.attn.attend, block.attn.decode = attend, decode
     return reason
 
 def make_norm(config, size):
@@ -449,11 +453,11 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         q, k, v = (linear(x).view(B, T, -1, self.head_dim) for linear in (self.q, self.k, self.v))
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q.type_as(x)), self.k_norm(k.type_as(x))  # under autocast the weights are in float32
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), and twice (B, H_kv, T, D)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        q, k = q.type_as(v), k.type_as(v)  # under autocast the two steps before give float32
+        q, k = q.type_as(v), k.type_as(v)
         if cache is not None:  # write these keys and values behind the earlier ones, and attend to all of them
             cache[:, :, :, at] = torch.stack((k, v))
             k, v = cache if lengths is not None else cache[:, :, :, :at.stop]
@@ -540,7 +544,7 @@ class GPT(nn.Module):
 
     def new_cache(self, B):
         c = self.config
-        return Cache(self.embed.weight.new_zeros(c.n_layer, 2, B, c.n_kv_head, c.block_size, c.head_dim))
+        return Cache(self.embed.weight.new_empty(c.n_layer, 2, B, c.n_kv_head, c.block_size, c.head_dim))
 
     def forward(self, idx, targets=None, cache=None, last=False):
         """idx (B, T) int64 -> (logits, loss). With targets (B, T), logits is None and loss the mean in nats, over
@@ -560,7 +564,7 @@ class GPT(nn.Module):
             else:
                 x = block(x, rotary, cache.kv[i] if cache else None, at, lengths)
         if cache:
-            cache.length += T  # the position advances here and nowhere else
+            cache.length += T
         if targets is not None:
             return None, head_loss(self.norm(x), self.head.weight, targets)
         return self.head(self.norm(x[:, -1:] if last else x)), None
@@ -604,18 +608,21 @@ def count(model):
 
 # --- Data ------------------------------------------------------------------------------------------------------------
 # A text is one long row of tokens on the disk; section Text into tokens makes it. A step of training looks at windows
-# of it at random places, an evaluation at all of it, window by window.
+# of it here and there, an evaluation at all of it, window by window.
 
 def split(tokens):
     """The first nine tenths train, the rest validates; too little text to validate on gives an empty second part."""
     n = max(2, int(0.9 * len(tokens)))
     return tokens[:n], tokens[n:]
 
-def random_windows(tokens, T, shape, rank, seed, step):
+def training_windows(tokens, T, shape, rank, seed, step):
     """This process's windows (accum x batch, T + 1) of one step: T inputs each, which shifted by one are the targets.
-    `shape` is (accum, processes, batch). Seed, step and shape decide which, so no run has to remember where it was."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    starts = torch.randint(len(tokens) - T, shape, generator=generator)[:, rank].flatten()  # its upper end is excluded
+    `shape` is (accum, processes, batch). A run's n-th window begins at n times the golden ratio, as a share of the text
+    with whole numbers dropped: wherever a run stops, its windows lie nearly evenly, where random ones leave gaps. The
+    seed shifts them all. So no run has to remember where it was."""
+    n, shift = math.prod(shape), seed * 2 ** 0.5 % 1
+    places = (torch.arange(step * n, step * n + n, dtype=torch.float64) * 0.6180339887498949 + shift) % 1
+    starts = (places * (len(tokens) - T)).long().view(shape)[:, rank].flatten()
     return torch.stack([tokens[i:i + T + 1] for i in starts.tolist()]).long()
 
 @torch.no_grad()
@@ -642,13 +649,13 @@ def mean_loss(model, tokens, stride=None, batch_size=32, limit=None):
     return total / counted, counted
 
 # --- Training --------------------------------------------------------------------------------------------------------
-# Look at random windows of the text, measure the loss of every prediction in them, step against its gradient; again.
+# Look at a few windows of the text, measure the loss of every prediction in them, step against its gradient; again.
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised: for a matrix with singular values S in U S V^T, step along U V^T, which moves all its
     directions equally. Newton-Schulz iterations find U V^T by products alone (Jordan et al., 2024,
     kellerjordan.github.io/posts/muon). Matrices of one shape are stacked and go through them together."""
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
@@ -689,7 +696,7 @@ def make_optimizers(model, s):
     betas = (0.8, 0.95) if hidden else (0.9, 0.95)
     fused = rest[0].device.type != "mps"
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=s.lr, betas=betas, fused=fused)
-    optimizers = [adamw] + ([Muon(hidden, lr=10 * s.lr, weight_decay=s.weight_decay)] if hidden else [])
+    optimizers = [adamw] + ([Muon(hidden, 10 * s.lr, s.momentum, s.weight_decay)] if hidden else [])
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
@@ -909,10 +916,10 @@ class Run:
 
     def windows(self, step):
         shape = self.s.accum, self.world, self.s.batch_size
-        return random_windows(self.train_tokens, self.T, shape, self.rank, self.s.seed, step)
+        return training_windows(self.train_tokens, self.T, shape, self.rank, self.s.seed, step)
 
     def update(self):
-        """One step: the gradient of the loss over batch_size x accum x processes random windows, then the optimizers.
+        """One step: the gradient of the loss over batch_size x accum x processes windows, then the optimizers.
         All chance in it comes from (seed, step, rank), so a resumed run repeats it exactly."""
         s, rate = self.s, lr_share(self.step, self.progress, self.s.warmup)
         for optimizer in self.optimizers:
@@ -1036,7 +1043,7 @@ class Run:
 # Ask the model for the distribution of the next token, draw one from it, append it, and ask again.
 
 def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Draw (B,) ids from logits (B, V). On the CPU in float32, so that every device draws the same from the same."""
+    """Draw (B,) ids from logits (B, V). Chance is the CPU's, in float32: every device draws the same from the same."""
     greedy = temperature < 1e-6
     logits = logits if greedy and logits.is_cuda else logits.float().cpu()
     best, ids = logits.max(dim=-1)  # NaN if any is; of several equal ones the first
@@ -1063,7 +1070,7 @@ def generate(model, idx, tokens, temperature=1.0, top_k=0, top_p=1.0, generator=
     block_size = model.config.block_size
     idx = new = idx[:, -block_size:]
     cache = model.new_cache(len(idx)) if use_cache else None
-    step = captured(model, cache) if use_cache and tokens > 16 else None
+    step = captured(model, cache) if use_cache and tokens > 64 else None  # for a few it is not worth the time it takes
     for _ in range(tokens):
         if step and cache.length:
             logits = step(new)
@@ -1093,6 +1100,7 @@ def captured(model, cache):
         graph.replay()
         cache.length += 1
         return logits
+    cache.kv.zero_()  # some kernels weigh what is not written yet with zero, and zero times NaN is NaN
     try:
         graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
@@ -1109,6 +1117,8 @@ def captured(model, cache):
             raise RuntimeError(f"its logits are {error:.2g} away")
         return step
     except Exception as e:  # a driver may fail in any way
+        torch.cuda.synchronize(device)
+        cache.length = 0
         notice(f"no CUDA graph here ({(str(e) or repr(e)).splitlines()[0][:99]}); going on without, more slowly")
 
 def stream_text(tokenizer, ids, stop=""):
@@ -1425,8 +1435,8 @@ def settle(given, device):
         checkpoint = load_run(out, "ckpt.pt", "ckpt.prev.pt")
         settings = checkpoint["settings"]["config"] | checkpoint["settings"]["training"]
         for name in given.keys() - MAY_CHANGE:
-            if given[name] != settings[name]:
-                raise Error(f"--resume: the run in {out} has {flag(name)} {settings[name]}, not {given[name]}")
+            if given[name] != settings.get(name):
+                raise Error(f"--resume: the run in {out} has {flag(name)} {settings.get(name)}, not {given[name]}")
         if given.keys() & {"steps", "minutes"}:
             settings.update(steps=None, minutes=None)
         return settings | given, checkpoint, checkpoint["model"], tokenizer_from(checkpoint["tokenizer"])

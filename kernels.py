@@ -965,8 +965,8 @@ def decode_attention(q, k_cache, v_cache, lengths, impl='auto'):
         k_cache, v_cache = k_cache[:, :, :int(longest)], v_cache[:, :, :int(longest)]
     if q.device.type != 'cpu' or shortest != longest:
         mask = torch.arange(k_cache.shape[2], device=q.device) < lengths[:, None, None, None]     # (B, 1, 1, T)
-    k_cache, v_cache = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k_cache, v_cache))
-    return F.scaled_dot_product_attention(q, k_cache, v_cache, mask)
+    groups = q.reshape(q.shape[0], k_cache.shape[1], -1, q.shape[3])   # heads with the same keys: as several queries
+    return F.scaled_dot_product_attention(groups, k_cache, v_cache, mask).reshape(q.shape)
 
 
 # --- Linear cross-entropy: the training loss
