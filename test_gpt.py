@@ -69,7 +69,7 @@ def test_a_flag_beats_size_which_beats_arch_which_beats_the_default():
     (["--n-layer", "two"], "whole number"), (["--n-layer", "2.5"], "whole number"), (["--lr", "nan"], "--lr"),
     (["--lr=-1"], "--lr"), (["--lr", "inf"], "--lr"), (["--n-head", "4", "--n-kv-head", "3"], "multiple"),
     (["--n-embd", "12", "--n-head", "4"], "even"), (["--mlp", "reglu"], "relu2"), (["--batch-size", "0"], "at least 1"),
-    (["--dropout", "1"], "below 1"), (["--steps", "5", "--minutes", "1"], "one of them"), (["--data", "none.txt"], "none.txt"),
+    (["--dropout", "1"], "below 1"), (["--momentum", "1"], "below 1"), (["--steps", "5", "--minutes", "1"], "one of them"), (["--data", "none.txt"], "none.txt"),
     (["--data", "empty"], "empty"), (["--data", "empty.txt"], "too little text"), (["--data", "one.txt"], "too little text"),
     (["--data", "bad.txt"], "byte 5"), (["--data", "bad.jsonl"], "line 2"), (["--data", "cut.txt.gz"], "cut.txt.gz"),
     (["--vocab-size", "5"], "--vocab-size 5"), (["--tokenizer", "bpe", "--vocab-size", "100"], "257"),
