@@ -21,7 +21,7 @@ C channels, V vocabulary. m, l and acc are the running maximum, sum and output o
 """
 # SPDX-License-Identifier: MIT
 import argparse, collections, ctypes, functools, hashlib, importlib.util, json, math, operator, os  # noqa: E401
-import pathlib, shutil, sysconfig, tempfile, time, warnings  # noqa: E401
+import pathlib, shutil, struct, sysconfig, warnings  # noqa: E401
 
 import torch
 import torch.nn.functional as F
@@ -29,15 +29,13 @@ import torch.nn.functional as F
 try:
     import triton
     import triton.language as tl
-    jit = triton.jit
+    from triton import jit
+    from triton.language import constexpr
 except ImportError:   # no Triton for this platform: the kernels stay Python functions that nobody calls
-    triton, jit = None, lambda function: function
-
-    class tl:
-        constexpr = None
+    triton, tl, jit, constexpr = None, None, lambda function: function, None
 
 GPT_KERNELS = 1                      # tells this file from the Hugging Face package that is also called kernels
-calls = collections.Counter()        # launches by kernel name; 'sdpa' and 'plain' count calls outside torch.compile
+calls = collections.Counter()        # launches of the kernels below, by name
 LOG2E = 1.4426950408889634           # kernels use exp2, the GPU's own instruction: e^x = 2^(x log2(e))
 HALF = (torch.float16, torch.bfloat16)
 FLOATS = (*HALF, torch.float32)
@@ -64,30 +62,27 @@ def has_compiler():
     return bool(os.environ.get('CC') or shutil.which('gcc') or shutil.which('clang')) and os.path.exists(header)
 
 @constant
-def missing(impl, device, dtype=None, D=None, dropout=False):
+def missing(impl, device, dtype, D=0, dropout=False):
     """Why kernels of this kind ('triton', 'cuda') cannot run here, or ''. With a head size D: why attention cannot."""
-    if impl == 'triton' and triton is None:
-        return 'Triton is not installed'
-    if impl == 'triton' and dtype and (dtype not in FLOATS or (D or 0) > 128):
-        return f'it is written for fp16, bf16, fp32 and D <= 128, not for {str(dtype)[6:]}' + f' and D = {D}' * bool(D)
-    if impl == 'triton' and INTERPRET:
-        if device.type != 'cpu':
-            return 'TRITON_INTERPRET=1 runs kernels on CPU tensors only'
-        return "bf16 products are wrong in Triton's interpreter" if D and dtype == torch.bfloat16 else ''
-    if device.type != 'cuda':
-        return f'the device is {device.type}'
-    if not torch.version.cuda:
-        return 'nobody has tried these kernels on ROCm'
+    interpreted, bf16 = impl == 'triton' and INTERPRET, dtype == torch.bfloat16
+    arch = capability(device) if device.type == 'cuda' and torch.version.cuda and not interpreted else (99, 0)
+    rules = [(device.type != ('cpu' if interpreted else 'cuda'), f'the device is {device.type}'),
+             (not interpreted and not torch.version.cuda, 'nobody has tried these kernels on ROCm')]
     if impl == 'triton':
-        if capability(device) < ((8, 0) if D or dtype == torch.bfloat16 else (7, 5)):
-            return 'below capability 8.0 Triton emits no tensor-core instructions and no bf16; below 7.5 nobody tried'
-        return '' if has_compiler() else 'Triton needs a C compiler and Python.h'
-    if capability(device) < (7, 5):
-        return 'the tensor-core instructions that it uses need capability 7.5'
-    if not (importlib.util.find_spec('cuda') and importlib.util.find_spec('cuda.bindings')):
-        return 'the package cuda-bindings is not installed'
-    fits = D is None or dtype == torch.float16 and D == 64 and not dropout
-    return '' if fits else 'it is written for fp16 and D = 64, without dropout'
+        rules = [(triton is None, 'Triton is not installed'),
+                 (dtype not in FLOATS or D > 128, 'the Triton kernels are written for fp16, bf16, fp32 and D <= 128'),
+                 *rules,
+                 (arch < ((8, 0) if D or bf16 else (7, 5)), 'below capability 8.0 Triton emits no tensor-core '
+                  'instructions and no bf16; below 7.5 nobody tried'),
+                 (not interpreted and not has_compiler(), 'Triton needs a C compiler and Python.h'),
+                 (interpreted and D and bf16, "bf16 products are wrong in Triton's interpreter")]
+    else:
+        rules += [(arch < (7, 5), 'the tensor-core instructions of the CUDA C++ kernels need capability 7.5'),
+                  (not (importlib.util.find_spec('cuda') and importlib.util.find_spec('cuda.bindings')),
+                   'the package cuda-bindings is not installed'),
+                  (D and (dtype != torch.float16 or D != 64 or dropout),
+                   'the CUDA C++ kernels are written for fp16 and D = 64, without dropout')]
+    return next((reason for broken, reason in rules if broken), '')
 
 def refuse(impl, reason):
     if reason:
@@ -98,21 +93,21 @@ SDPA_WINS = set()   # (capability, D) where PyTorch's attention was measured fas
 @constant
 def describe(device, dtype, head_dim, impl='auto', dropout=False):
     """(name, reason) from device, dtype and head size alone. Cheap: nothing is compiled or launched."""
-    device, D = torch.device(device), head_dim
+    device = torch.device(device)
     if impl not in ('auto', 'triton', 'cuda', 'sdpa', 'plain'):
         raise ValueError(f'impl={impl!r}: choose one of auto, triton, cuda, sdpa, plain')
     if impl != 'auto':
-        refuse(impl, impl in ('triton', 'cuda') and missing(impl, device, dtype, D, dropout))
+        refuse(impl, impl in ('triton', 'cuda') and missing(impl, device, dtype, head_dim, dropout))
         return impl, 'asked for'
     if device.type != 'cuda':
         return 'sdpa', f'the device is {device.type}'
-    name = 'cuda' if capability(device) == (7, 5) else 'triton'
-    if reason := missing(name, device, dtype, D, dropout):
-        return 'sdpa', f'{name}: {reason}'
-    if dtype == torch.float32:
-        return 'sdpa', 'fp32 does not use tensor cores'
-    where = 'capability {}.{}'.format(*capability(device)) + f', {str(dtype)[6:]}, D = {D}'
-    return ('sdpa', f'measured faster at {where}') if (capability(device), D) in SDPA_WINS else (name, where)
+    arch = capability(device)
+    name = 'cuda' if arch == (7, 5) else 'triton'
+    where = f'capability {arch[0]}.{arch[1]}, {str(dtype)[6:]}, D = {head_dim}'
+    reason = (missing(name, device, dtype, head_dim, dropout)
+              or dtype == torch.float32 and 'fp32 does not use tensor cores'
+              or (arch, head_dim) in SDPA_WINS and f'measured faster at {where}')
+    return ('sdpa', reason) if reason else (name, where)
 
 @constant
 def self_check(name, device, dtype, D):
@@ -126,7 +121,7 @@ def self_check(name, device, dtype, D):
             for impl in (name, 'sdpa'):
                 o = attention(*inputs, impl=impl)
                 results.append((o, *torch.autograd.grad(o, inputs, inputs[0].detach())))
-        worst = max(relative_error(ours, theirs) for ours, theirs in zip(*results))
+        worst = max(map(relative_error, *results))
         if worst < 0.02:                                          # bf16 comes to 0.006, the others to less
             return ''
         problem = f'is {worst:.1e} away from PyTorch'
@@ -147,14 +142,14 @@ def choose(q, k, v, causal=True, dropout_p=0.0, impl='auto'):
     name, reason = describe(q.device, q.dtype, D, impl, dropout)
     if name in ('sdpa', 'plain'):
         return name, reason
-    alike = q.dtype == k.dtype == v.dtype and q.device == k.device == v.device and k.shape == v.shape
-    fits = alike and D == k.shape[-1] and q.shape[0] == k.shape[0] and q.numel() and k.numel()
-    fits = fits and q.shape[1] % k.shape[1] == 0 and (name != 'cuda' or q.shape[0] * q.shape[1] < 2**16)  # a grid's y
-    odd = '' if fits else 'q, k and v do not fit together, are empty, or have too many heads'
+    fits = (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device and k.shape == v.shape
+            and (len(q), D) == (len(k), k.shape[-1]) and q.numel() and k.numel() and q.shape[1] % k.shape[1] == 0
+            and (name != 'cuda' or len(q) * q.shape[1] < 2**16))              # what a grid's y can count
+    problem = '' if fits else 'q, k and v do not fit together, are empty, or have too many heads'
     if impl != 'auto':
-        refuse(impl, odd)
-    elif odd := odd or self_check(name, q.device, q.dtype, D):
-        return 'sdpa', odd
+        refuse(impl, problem)
+    elif problem := problem or self_check(name, q.device, q.dtype, D):
+        return 'sdpa', problem
     return name, reason
 
 
@@ -169,18 +164,14 @@ def op(schema, fake, backward=None, save=None):
     """Makes a function one opaque op: torch.compile keeps its graph whole and does not look inside. `fake` makes empty
     outputs from shapes alone. Library.define costs 8 us a call where custom_op costs 47."""
     def register(function):
-        name, full_name = function.__name__, f'{NAMESPACE}::{function.__name__}'
-        LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
-        LIBRARY.impl(name, function, 'CompositeExplicitAutograd')    # for every device
-        torch.library.register_fake(full_name, fake, lib=LIBRARY)
+        name = f'{NAMESPACE}::{function.__name__}'
+        LIBRARY.define(function.__name__ + schema, tags=torch.Tag.pt2_compliant_tag)
+        LIBRARY.impl(function.__name__, function, 'CompositeExplicitAutograd')    # for every device
+        torch.library.register_fake(name, fake, lib=LIBRARY)
         if backward:
-            torch.library.register_autograd(full_name, backward, setup_context=save, lib=LIBRARY)
-        return getattr(getattr(torch.ops, NAMESPACE), name).default
+            torch.library.register_autograd(name, backward, setup_context=save, lib=LIBRARY)
+        return getattr(getattr(torch.ops, NAMESPACE), function.__name__).default
     return register
-
-def count(name):
-    if not torch.compiler.is_compiling():   # in a compiled graph a counter would be one more thing to guard on
-        calls[name] += 1
 
 def launch(kernel, grid, *args, **constants):
     """Launches a Triton kernel on the device of its first argument, which need not be the current device."""
@@ -195,62 +186,55 @@ def launch(kernel, grid, *args, **constants):
 # Replaces five kernels that each read and write the whole matrix (max, subtract, exp, sum, divide) by one that reads it
 # once and writes it once. Memory is slow and arithmetic nearly free, so that is what decides the time.
 @jit
-def softmax_kernel(X, Y, n, BLOCK: tl.constexpr):
+def softmax_kernel(X, Y, n, BLOCK: constexpr):
     row = tl.program_id(0).to(tl.int64)              # 64 bits: row * n passes 2^31 on big matrices
     i = tl.arange(0, BLOCK)                          # a power of two, as Triton needs; the mask cuts it to n
     x = tl.load(X + row * n + i, mask=i < n, other=float('-inf')).to(tl.float32)
     e = tl.exp(x - tl.max(x, 0))                     # without the max, exp(89) is already infinite in fp32
-    tl.store(Y + row * n + i, (e / tl.sum(e, 0)).to(Y.dtype.element_ty), mask=i < n)
+    tl.store(Y + row * n + i, e / tl.sum(e, 0), mask=i < n)          # rounded to Y's type
 
 # dx = y * (dy - sum_j y_j dy_j). Each output depends on every input through the denominator: hence the sum.
 @jit
-def softmax_backward_kernel(Y, DY, DX, n, BLOCK: tl.constexpr):
+def softmax_backward_kernel(Y, DY, DX, n, BLOCK: constexpr):
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     y = tl.load(Y + row * n + i, mask=i < n, other=0.0).to(tl.float32)
     dy = tl.load(DY + row * n + i, mask=i < n, other=0.0).to(tl.float32)
-    tl.store(DX + row * n + i, (y * (dy - tl.sum(y * dy, 0))).to(DX.dtype.element_ty), mask=i < n)
+    tl.store(DX + row * n + i, y * (dy - tl.sum(y * dy, 0)), mask=i < n)
 
 def row_constants(n):
     """A whole row sits in the registers of one program: the longer the row, the more warps share it."""
     block = triton.next_power_of_2(n)
     return dict(BLOCK=block, num_warps=min(max(block // 512, 1), 16))
 
-@op('(Tensor y, Tensor dy, str impl) -> Tensor', fake=lambda y, dy, impl: y.new_empty(y.shape))
-def softmax_backward(y, dy, impl):
-    if impl == 'cuda':                               # the CUDA C++ example stops at the forward pass
-        return torch.ops.aten._softmax_backward_data(dy, y, -1, y.dtype)
-    dy, dx, n = dy.contiguous(), torch.empty_like(y), y.shape[-1]
-    launch(softmax_backward_kernel, (y.numel() // n,), y, dy, dx, n, **row_constants(n))
+@op('(Tensor y, Tensor dy) -> Tensor', fake=lambda y, dy: y.new_empty(y.shape))
+def softmax_backward(y, dy):
+    dx, n = torch.empty_like(y), y.shape[-1]
+    launch(softmax_backward_kernel, (y.numel() // n,), y, dy.contiguous(), dx, n, **row_constants(n))
     return dx
 
-def save_softmax(ctx, inputs, output):
-    ctx.save_for_backward(output)
-    ctx.impl = inputs[1]
-
-def grad_softmax(ctx, dy):
-    return softmax_backward(*ctx.saved_tensors, dy, ctx.impl), None
-
-@op('(Tensor x, str impl) -> Tensor', lambda x, impl: x.new_empty(x.shape), grad_softmax, save_softmax)
-def softmax_forward(x, impl):
+@op('(Tensor x) -> Tensor', fake=lambda x: x.new_empty(x.shape),
+    backward=lambda ctx, dy: softmax_backward(*ctx.saved_tensors, dy),
+    save=lambda ctx, inputs, output: ctx.save_for_backward(output))
+def softmax_forward(x):
     x, n = x.contiguous(), x.shape[-1]
-    y, rows = torch.empty_like(x), x.numel() // n
-    if impl == 'triton':
-        launch(softmax_kernel, (rows,), x, y, n, **row_constants(n))
-    else:
-        arguments = ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_int(rows), ctypes.c_int(n)
-        launch_cuda('softmax_rows', (-(-rows // 4), 1), x, *arguments)
+    y = torch.empty_like(x)
+    launch(softmax_kernel, (x.numel() // n,), x, y, n, **row_constants(n))
     return y
 
-def softmax(x, impl='auto'):
-    """Softmax over the last dimension. `impl`: auto, triton, cuda (fp16) or sdpa (PyTorch's)."""
-    fits = x.numel() > 0 and x.dtype in (HALF[:1] if impl == 'cuda' else FLOATS) and x.shape[-1] <= 16384   # no spills
-    if impl == 'sdpa' or impl == 'auto' and not (x.is_cuda and fits and not missing('triton', x.device, x.dtype)):
-        return torch.softmax(x, -1)
-    refuse(impl, impl not in ('auto', 'triton', 'cuda') and 'choose one of auto, triton, cuda, sdpa')
-    reason = impl != 'auto' and missing(impl, x.device, x.dtype)
-    refuse(impl, reason or not fits and 'it is written for rows of at most 16,384, in fp16 (triton: bf16 and fp32 too)')
-    return softmax_forward(x, 'cuda' if impl == 'cuda' else 'triton')
+def softmax(x):
+    """Softmax over the last dimension: by these kernels where they run, for rows that fit into registers."""
+    fits = x.numel() and x.shape[-1] <= 16384 and not missing('triton', x.device, x.dtype)
+    return softmax_forward(x) if fits else torch.softmax(x, -1)
+
+def softmax_cuda(x):
+    """The same in CUDA C++, from its source below: fp16, forward only. An example of how one is launched."""
+    refuse('cuda', missing('cuda', x.device, x.dtype) or x.dtype != torch.float16 and 'it is written for fp16')
+    x = x.contiguous()
+    y, n = torch.empty_like(x), x.shape[-1]
+    rows = x.numel() // n
+    launch_cuda('softmax_rows', (-(-rows // 4), 1), x, 'PPii', x.data_ptr(), y.data_ptr(), rows, n)
+    return y
 
 
 # --- Attention, the readable way, and PyTorch's
@@ -268,12 +252,9 @@ def attention_reference(q, k, v, causal=True, dropout_p=0.0, scale=None):
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))   # each kv head serves a group
     s = q @ k.transpose(-2, -1) * scale                                              # (B, H, TQ, TK)
-    if causal:
-        hidden = ~causal_mask(q.shape[2], k.shape[2], q.device)
-        s = s.masked_fill(hidden, torch.finfo(s.dtype).min)       # not -inf: a row of them has no softmax
-    p = s.softmax(-1)
-    if causal:
-        p = p.masked_fill(hidden, 0.0)
+    hidden = ~causal_mask(q.shape[2], k.shape[2], q.device) & causal
+    s = s.masked_fill(hidden, torch.finfo(s.dtype).min)           # not -inf: a row of them has no softmax
+    p = s.softmax(-1).masked_fill(hidden, 0.0)
     return F.dropout(p, dropout_p) @ v                            # (B, H, TQ, D)
 
 def attention_sdpa(q, k, v, causal, dropout_p, scale):
@@ -298,31 +279,31 @@ def attention_sdpa(q, k, v, causal, dropout_p, scale):
 # the maximum m so far, the sum l of 2^(s - m), and acc, the sum of 2^(s - m) v. A new maximum rescales l and acc.
 # Q, K and V come with any strides. What we make ourselves (O, dQ, dK, dV) lies as (B, T, H, D) in memory, so that the
 # model's transpose and reshape after attention copy nothing. DP is D rounded up to a power of two; the rest is zeros.
+# Decoding walks the same way: SPLITS > 0 programs share the keys of one kv head, each a slice. See below.
 
 @jit
-def whose_block(length, H, SIZE: tl.constexpr):
+def whose_block(length, H, SIZE):
     """(block, b, h) of this program. Blocks vary fastest: neighbours read the same keys from the cache."""
     blocks = tl.cdiv(length, SIZE)
     head = (tl.program_id(0) // blocks).to(tl.int64)              # 64 bits, and so is every offset made from b and h
     return tl.program_id(0) % blocks, head // H, head % H
 
 @jit
-def load_rows(base, stride, start, n_rows, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CHECK: tl.constexpr):
+def load_rows(base, stride, start, n_rows, ROWS: constexpr, D: constexpr, DP: constexpr, CHECK: constexpr = True):
     """Tile (ROWS, DP) from row `start` of a matrix (n_rows, D). Without CHECK the caller knows that all rows are there.
     Only the tile's origin is a 64-bit offset: within the tile 32 bits do, and save registers."""
-    i, d = tl.arange(0, ROWS), tl.arange(0, DP)
-    at = base + tl.cast(start, tl.int64) * stride + (i[:, None] * stride + d[None, :])
-    there = (i[:, None] < n_rows - start) & (d[None, :] < D)
-    return tl.load(at, mask=there, other=0.0) if CHECK or D < DP else tl.load(at)
+    i, d = tl.arange(0, ROWS)[:, None], tl.arange(0, DP)[None, :]
+    at = base + tl.cast(start, tl.int64) * stride + (i * stride + d)
+    return tl.load(at, mask=(i < n_rows - start) & (d < D), other=0.0) if CHECK or D < DP else tl.load(at)
 
 @jit
-def store_rows(base, stride, start, n_rows, tile, D: tl.constexpr, DP: tl.constexpr):
-    i, d = tl.arange(0, tile.shape[0]), tl.arange(0, DP)
-    at = base + tl.cast(start, tl.int64) * stride + (i[:, None] * stride + d[None, :])
-    tl.store(at, tile.to(base.dtype.element_ty), mask=(i[:, None] < n_rows - start) & (d[None, :] < D))
+def store_rows(base, stride, start, n_rows, tile, D: constexpr, DP: constexpr):
+    i, d = tl.arange(0, tile.shape[0])[:, None], tl.arange(0, DP)[None, :]
+    at = base + tl.cast(start, tl.int64) * stride + (i * stride + d)
+    tl.store(at, tile, mask=(i < n_rows - start) & (d < D))       # rounded to the type of the elements there
 
 @jit
-def key_range(block, TQ, TK, PHASE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr):
+def key_range(block, TQ, TK, PHASE: constexpr, BM: constexpr, BN: constexpr, CAUSAL: constexpr):
     """Keys for a block of queries. Phase 0: tiles that all of them see whole, so that nothing needs a mask.
     Phase 1: the rest, the diagonal and the ragged end."""
     whole, stop = TK, TK
@@ -333,7 +314,7 @@ def key_range(block, TQ, TK, PHASE: tl.constexpr, BM: tl.constexpr, BN: tl.const
     return (0, whole) if PHASE == 0 else (whole, stop)
 
 @jit
-def visible(row, n, TQ, TK, CAUSAL: tl.constexpr):
+def visible(row, n, TQ, TK, CAUSAL: constexpr):
     """Which (query, key) pairs count. Causal is aligned bottom-right: the last query sees the last key."""
     return (n < TK) & (n <= row + TK - TQ) if CAUSAL else (n < TK) & (row >= 0)
 
@@ -344,21 +325,24 @@ def dropout(x, SEED, head, row, n, TK, dropout_p):
     return tl.where(tl.rand(tl.load(SEED) + head, row * TK + n) >= dropout_p, x / (1 - dropout_p), 0.0)
 
 @jit
-def attention_forward_kernel(Q, K, V, O, L, SEED, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
-                             H, H_kv, TQ, TK, scale_log2, dropout_p,
-                             D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                             CAUSAL: tl.constexpr, DROPOUT: tl.constexpr):
+def attention_forward_kernel(Q, K, V, O, L, SEED, LENGTHS, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt, H, H_kv, TQ, TK,
+                             scale_log2, dropout_p, D: constexpr, DP: constexpr, BM: constexpr, BN: constexpr,
+                             CAUSAL: constexpr, DROPOUT: constexpr, SPLITS: constexpr):
     block, b, h = whose_block(TQ, H, BM)
     block = tl.cdiv(TQ, BM) - 1 - block                           # the last queries see most keys, so they start first
-    head, h_kv = b * H + h, h // (H // H_kv)
-    m0 = block * BM
+    head, h_kv, h_q, m0 = b * H + h, h // (H // H_kv), h, block * BM
+    if SPLITS:                                                    # H = H_kv * SPLITS: all slices have the same queries
+        h_q, TK = h_kv, tl.load(LENGTHS + b)
+        slice_size, split = tl.cdiv(tl.cdiv(TK, SPLITS), BN) * BN, (h % SPLITS).to(tl.int32)
     row = m0 + tl.arange(0, BM)
-    q = load_rows(Q + b * sqb + h * sqh, sqt, m0, TQ, BM, D, DP, True)
+    q = load_rows(Q + b * sqb + h_q * sqh, sqt, m0, TQ, BM, D, DP)
     m = tl.full([BM], float('-inf'), tl.float32)
     l = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, DP], tl.float32)
     for PHASE in tl.static_range(2):                              # two loops, one text
         start, stop = key_range(block, TQ, TK, PHASE, BM, BN, CAUSAL)
+        if SPLITS:
+            start, stop = tl.maximum(start, split * slice_size), tl.minimum(stop, (split + 1) * slice_size)
         for n0 in range(start, stop, BN):
             n = n0 + tl.arange(0, BN)
             k = load_rows(K + b * skb + h_kv * skh, skt, n0, TK, BN, D, DP, PHASE == 1)
@@ -376,9 +360,9 @@ def attention_forward_kernel(Q, K, V, O, L, SEED, sqb, sqh, sqt, skb, skh, skt, 
                 p = dropout(p, SEED, head, row[:, None], n[None, :], TK, dropout_p)
             v = load_rows(V + b * svb + h_kv * svh, svt, n0, TK, BN, D, DP, PHASE == 1)
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision='ieee')
-    # A query without keys gives 0, and L = inf makes its weights 0 in the backward pass.
-    l_safe = tl.where(l > 0, l, 1.0)
-    tl.store(L + head * TQ + row, tl.where(l > 0, m + tl.log2(l_safe), float('inf')), mask=row < TQ)
+    # A query without keys gives 0, and L = inf makes its weights 0 in the backward pass; a slice without keys L = -inf.
+    l_safe, nothing = tl.where(l > 0, l, 1.0), float('-inf') if SPLITS else float('inf')
+    tl.store(L + head * TQ + row, tl.where(l > 0, m + tl.log2(l_safe), nothing), mask=row < TQ)
     store_rows(O + (b * TQ * H + h) * D, H * D, m0, TQ, acc / l_safe[:, None], D, DP)
 
 
@@ -392,17 +376,15 @@ def attention_forward_kernel(Q, K, V, O, L, SEED, sqb, sqh, sqt, skb, skh, skt, 
 
 @jit
 def attention_dq_kernel(Q, K, V, O, DO, DQ, L, DELTA, SEED, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
-                        H, H_kv, TQ, TK, scale, scale_log2, dropout_p,
-                        D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                        CAUSAL: tl.constexpr, DROPOUT: tl.constexpr):
+                        H, H_kv, TQ, TK, scale, scale_log2, dropout_p, D: constexpr, DP: constexpr,
+                        BM: constexpr, BN: constexpr, CAUSAL: constexpr, DROPOUT: constexpr):
     block, b, h = whose_block(TQ, H, BM)
     block = tl.cdiv(TQ, BM) - 1 - block
-    head, h_kv = b * H + h, h // (H // H_kv)
-    m0 = block * BM
-    row = m0 + tl.arange(0, BM)
-    q = load_rows(Q + b * sqb + h * sqh, sqt, m0, TQ, BM, D, DP, True)
-    do = load_rows(DO + (b * TQ * H + h) * D, H * D, m0, TQ, BM, D, DP, True)
-    o = load_rows(O + (b * TQ * H + h) * D, H * D, m0, TQ, BM, D, DP, True)
+    head, h_kv, m0 = b * H + h, h // (H // H_kv), block * BM
+    row, ours = m0 + tl.arange(0, BM), (b * TQ * H + h) * D       # where this head begins in O, dO and dQ
+    q = load_rows(Q + b * sqb + h * sqh, sqt, m0, TQ, BM, D, DP)
+    do = load_rows(DO + ours, H * D, m0, TQ, BM, D, DP)
+    o = load_rows(O + ours, H * D, m0, TQ, BM, D, DP)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(DELTA + head * TQ + row, delta, mask=row < TQ)
     l = tl.load(L + head * TQ + row, mask=row < TQ, other=float('inf'))
@@ -421,34 +403,32 @@ def attention_dq_kernel(Q, K, V, O, DO, DQ, L, DELTA, SEED, sqb, sqh, sqt, skb, 
                 dp = dropout(dp, SEED, head, row[:, None], n[None, :], TK, dropout_p)
             ds = p * (dp - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision='ieee')
-    store_rows(DQ + (b * TQ * H + h) * D, H * D, m0, TQ, dq * scale, D, DP)
+    store_rows(DQ + ours, H * D, m0, TQ, dq * scale, D, DP)
 
 @jit
 def attention_dkv_kernel(Q, K, V, DO, DK, DV, L, DELTA, SEED, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
-                         H, H_kv, TQ, TK, scale, scale_log2, dropout_p,
-                         D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                         CAUSAL: tl.constexpr, DROPOUT: tl.constexpr):
+                         H, H_kv, TQ, TK, scale, scale_log2, dropout_p, D: constexpr, DP: constexpr,
+                         BM: constexpr, BN: constexpr, CAUSAL: constexpr, DROPOUT: constexpr):
     block, b, h_kv = whose_block(TK, H_kv, BN)                    # BN keys of one kv head; the first have most queries
-    n0 = block * BN
+    n0, ours = block * BN, (b * TK * H_kv + h_kv) * D
     n = n0 + tl.arange(0, BN)
-    k = load_rows(K + b * skb + h_kv * skh, skt, n0, TK, BN, D, DP, True)
-    v = load_rows(V + b * svb + h_kv * svh, svt, n0, TK, BN, D, DP, True)
+    k = load_rows(K + b * skb + h_kv * skh, skt, n0, TK, BN, D, DP)
+    v = load_rows(V + b * svb + h_kv * svh, svt, n0, TK, BN, D, DP)
     dk = tl.zeros([BN, DP], tl.float32)
     dv = tl.zeros([BN, DP], tl.float32)
     # Phase 0: the diagonal. Phase 1: queries that see all our keys. Keys beyond TK need no mask: rows of dK and
     # dV that nobody stores. Queries beyond TQ load L = inf, so their weights are 0.
     first, whole = 0, 0
     if CAUSAL:
-        first = tl.maximum(block * BN + TQ - TK, 0) // BM * BM
-        whole = tl.minimum(tl.cdiv(tl.maximum(block * BN + BN - 1 + TQ - TK, 0), BM) * BM, TQ)
-    for g in range(0, H // H_kv):                                 # sum over the query heads of the group
-        h = h_kv * (H // H_kv) + g
+        first = tl.maximum(n0 + TQ - TK, 0) // BM * BM
+        whole = tl.minimum(tl.cdiv(tl.maximum(n0 + BN - 1 + TQ - TK, 0), BM) * BM, TQ)
+    for h in range(h_kv * (H // H_kv), (h_kv + 1) * (H // H_kv)):  # sum over the query heads of the group
         head = b * H + h
         for PHASE in tl.static_range(2):
             for m0 in range(first if PHASE == 0 else whole, whole if PHASE == 0 else TQ, BM):
                 row = m0 + tl.arange(0, BM)
-                q = load_rows(Q + b * sqb + h * sqh, sqt, m0, TQ, BM, D, DP, True)
-                do = load_rows(DO + (b * TQ * H + h) * D, H * D, m0, TQ, BM, D, DP, True)
+                q = load_rows(Q + b * sqb + h * sqh, sqt, m0, TQ, BM, D, DP)
+                do = load_rows(DO + (b * TQ * H + h) * D, H * D, m0, TQ, BM, D, DP)
                 l = tl.load(L + head * TQ + row, mask=row < TQ, other=float('inf'))
                 delta = tl.load(DELTA + head * TQ + row, mask=row < TQ, other=0.0)
                 # All tiles transposed, (BN, BM): P^T and dS^T are then the left operands of their products as they are.
@@ -463,25 +443,25 @@ def attention_dkv_kernel(Q, K, V, DO, DK, DV, L, DELTA, SEED, sqb, sqh, sqt, skb
                 dv = tl.dot(kept.to(do.dtype), do, dv, input_precision='ieee')
                 dst = pt * (dpt - delta[None, :])
                 dk = tl.dot(dst.to(q.dtype), q, dk, input_precision='ieee')
-    store_rows(DK + (b * TK * H_kv + h_kv) * D, H_kv * D, n0, TK, dk * scale, D, DP)
-    store_rows(DV + (b * TK * H_kv + h_kv) * D, H_kv * D, n0, TK, dv, D, DP)
+    store_rows(DK + ours, H_kv * D, n0, TK, dk * scale, D, DP)
+    store_rows(DV + ours, H_kv * D, n0, TK, dv, D, DP)
 
-# (BM, BN, warps, stages) of the forward, dQ and dK/dV kernels, by padded head size and whether the GPU is a Hopper. BM
-# counts queries, BN keys. Constants, not autotune: no minutes of search at the first step, the same bits in every run.
+# (BM, BN, warps, stages) of the forward, dQ and dK/dV kernels, by padded head size. BM counts queries, BN keys.
+# Constants, not autotune: no minutes of search at the first step, the same bits in every run.
 # The shapes of Triton's fused-attention tutorial, cut until the compiler reports no spills at D = 64 (RTX 50: 9) and
-# shared memory fits the smallest GPU of each kind (99 KB on RTX 30 to 50, 227 KB on H100). No GPU has measured them.
-TILES = {(64, False): ((128, 64, 4, 3), (128, 32, 8, 2), (32, 128, 8, 2)),
-         (64, True): ((128, 64, 8, 3), (128, 32, 8, 2), (32, 128, 8, 2)),
-         (128, False): ((128, 64, 8, 2), (128, 32, 8, 2), (32, 64, 8, 2)),
-         (128, True): ((128, 64, 8, 3), (128, 32, 8, 2), (32, 64, 8, 2))}
-FLOAT32_TILES = ((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1))   # full-precision products, without tensor cores
-INTERPRETER_TILES = ((64, 64, 4, 1),) * 3                          # big: the interpreter pays per program and step
+# shared memory fits the smallest GPU that there is (99 KB on RTX 30 to 50). No GPU has measured them.
+TILES = {64: ((128, 64, 4, 3), (128, 32, 8, 2), (32, 128, 8, 2)),
+         128: ((128, 64, 8, 2), (128, 32, 8, 2), (32, 64, 8, 2)),
+         'Hopper': (128, 64, 8, 3),                                # forward, for two warpgroups and 227 KB
+         'float32': ((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),   # full-precision products, without tensor cores
+         'interpreter': ((64, 64, 4, 1),) * 3}                     # big: the interpreter pays per program and step
 
 def attention_constants(device, dtype, D, causal, dropout):
     """The compile-time arguments of the three kernels: forward, dQ, dK/dV."""
-    DP, tiles = max(triton.next_power_of_2(D), 16), INTERPRETER_TILES
-    if device.type == 'cuda':
-        tiles = FLOAT32_TILES if dtype == torch.float32 else TILES[max(DP, 64), capability(device) == (9, 0)]
+    DP = max(triton.next_power_of_2(D), 16)
+    tiles = TILES['interpreter' if device.type == 'cpu' else 'float32' if dtype == torch.float32 else max(DP, 64)]
+    if device.type == 'cuda' and dtype in HALF and capability(device) == (9, 0):
+        tiles = TILES['Hopper'], *tiles[1:]
     return [dict(D=D, DP=DP, BM=BM, BN=BN, CAUSAL=causal, DROPOUT=dropout, num_warps=warps,
                  num_stages=stages) for BM, BN, warps, stages in tiles]
 
@@ -525,32 +505,34 @@ INLINE void mma(float c[4], const u32 a[4], u32 b0, u32 b1) {
     mma_16x8x8(c, a[2], a[3], b1);
 }
 INLINE u32 pack(float low, float high) { return half_bits(low) | (u32)half_bits(high) << 16; }
+INLINE float sum_of_four(float x) { x += shuffle_xor(x, 1); return x + shuffle_xor(x, 2); }   // lanes that share a row
 
 // Softmax over rows of n, a warp per row. Butterflies: after five exchanges all lanes have the maximum, then the sum.
-KERNEL softmax_rows(const u16 *X, u16 *Y, int rows, int n) {
+struct Softmax { const u16 *X; u16 *Y; int rows, n; };
+KERNEL softmax_rows(const Softmax A) {
     const int lane = threadIdx.x % 32, row = blockIdx.x * 4 + threadIdx.x / 32;
-    if (row >= rows) return;     // the whole warp leaves, so nobody waits for it
-    X += (i64)row * n; Y += (i64)row * n;
+    if (row >= A.rows) return;   // the whole warp leaves, so nobody waits for it
+    const u16 *x = A.X + (i64)row * A.n;
     float m = -INF, l = 0;
-    for (int i = lane; i < n; i += 32) m = fmaxf(m, to_float(X[i]));
+    for (int i = lane; i < A.n; i += 32) m = fmaxf(m, to_float(x[i]));
     for (int k = 16; k; k /= 2) m = fmaxf(m, shuffle_xor(m, k));
-    for (int i = lane; i < n; i += 32) l += expf(to_float(X[i]) - m);
+    for (int i = lane; i < A.n; i += 32) l += expf(to_float(x[i]) - m);
     for (int k = 16; k; k /= 2) l += shuffle_xor(l, k);
-    for (int i = lane; i < n; i += 32) Y[i] = half_bits(expf(to_float(X[i]) - m) / l);
+    for (int i = lane; i < A.n; i += 32) A.Y[(i64)row * A.n + i] = half_bits(expf(to_float(x[i]) - m) / l);
 }
 
-struct Attention {               // the argument of all three kernels; strides of q, k, v: batch, head, time
+struct Attention {               // strides of q, k, v: batch, head, time. O, DO, DQ, DK and DV lie as (B, T, H, D)
     const u16 *Q, *K, *V, *DO; u16 *O, *DQ, *DK, *DV; float *L, *DELTA;
     i64 q[3], k[3], v[3]; int H, H_kv, TQ, TK, causal; float scale, scale_log2;
 };
 
+struct Matrix { const u16 *base; i64 stride; int rows; };
+
 // 64 rows from global to shared memory; rows beyond the end become 0.
-INLINE void load_tile(u16 *tile, const u16 *base, i64 stride, int row0, int rows) {
+INLINE void load_tile(u16 *tile, const Matrix x, int row0) {
     for (int i = threadIdx.x; i < TILE * (D / 8); i += 128) {
         const int r = i / (D / 8), c = i % (D / 8) * 8;
-        Vec x = {0, 0, 0, 0};
-        if (row0 + r < rows) x = *(const Vec *)(base + (row0 + r) * stride + c);
-        *(Vec *)(tile + r * LD + c) = x;
+        *(Vec *)(tile + r * LD + c) = row0 + r < x.rows ? *(const Vec *)(x.base + (row0 + r) * x.stride + c) : Vec{};
     }
 }
 // This warp's 16 rows of a tile as left operands, which stay in registers for the whole kernel.
@@ -590,155 +572,101 @@ INLINE void store_rows(u16 *base, i64 stride, int row0, int rows, const float c[
     }
 }
 
-// Grid (ceil(TQ / 64), B * H). O, DO, DQ, DK and DV lie as (B, T, H, D).
-KERNEL attention_forward(const Attention A) {
-    __shared__ __align__(16) u16 sk[TILE * LD], sv[TILE * LD];
+// One walk serves three kernels. A block owns 64 rows of A1 and A2, a warp 16 of them as left operands, and walks over
+// tiles of B1 and B2. With S = A1 B1^T and dP = A2 B2^T:
+//     forward   A1 Q, B1 K, B2 V             O = sum of P B2, by the online softmax
+//     dQ        A1 Q, A2 dO, B1 K, B2 V      dQ = sum of dS B1; leaves delta = rowsum(O * dO) for the next
+//     dK, dV    A1 K, A2 V, B1 Q, B2 dO      dK = sum of dS B1, dV = sum of P B2, over the query heads of the group.
+//                                            Keys down, queries across: so P^T and dS^T are left operands as they are
+// Grid (ceil(owned rows / 64), B * heads).
+template <bool BACKWARD, bool KEYS> INLINE void walk(const Attention &A) {     // KEYS: we own keys, not queries
+    __shared__ __align__(16) u16 b1[TILE * LD], b2[TILE * LD];
+    __shared__ float sl[TILE], sdelta[TILE];
     const int lane = threadIdx.x % 32, g = threadIdx.x / 32 * 16 + lane / 4, t = lane % 4;   // g is our first row
-    const int b = blockIdx.y / A.H, h = blockIdx.y % A.H, h_kv = h / (A.H / A.H_kv), offset = A.TK - A.TQ;
-    const int row0 = (gridDim.x - 1 - blockIdx.x) * TILE;            // the longest rows start first
-    u32 q[D / 16][4];
-    load_tile(sk, A.Q + b * A.q[0] + h * A.q[1], A.q[2], row0, A.TQ);          // Q passes through K's tile, once
+    const int heads = KEYS ? A.H_kv : A.H, T = KEYS ? A.TK : A.TQ, group = A.H / A.H_kv, offset = A.TK - A.TQ;
+    const int b = blockIdx.y / heads, h0 = blockIdx.y % heads * (KEYS ? group : 1), h_kv = h0 / group;
+    const int row0 = (KEYS ? blockIdx.x : gridDim.x - 1 - blockIdx.x) * TILE;  // blocks with most to do start first
+    const i64 ours = ((i64)b * T * heads + blockIdx.y % heads) * D, stride = (i64)heads * D;
+    const Matrix K = {A.K + b * A.k[0] + h_kv * A.k[1], A.k[2], A.TK};
+    const Matrix V = {A.V + b * A.v[0] + h_kv * A.v[1], A.v[2], A.TK};
+    Matrix Q = {A.Q + b * A.q[0] + h0 * A.q[1], A.q[2], A.TQ};
+    Matrix DO = {A.DO + ((i64)b * A.TQ * A.H + h0) * D, (i64)A.H * D, A.TQ};
+    float acc1[D / 8][4] = {}, acc2[D / 8][4] = {}, m[2] = {-INF, -INF}, l[2] = {0, 0}, delta[2];
+    u32 a1[D / 16][4], a2[D / 16][4];
+    load_tile(b1, KEYS ? K : Q, row0);                               // what we own passes through these tiles, once
+    if (BACKWARD) load_tile(b2, KEYS ? V : DO, row0);
     __syncthreads();
-    load_left(q, sk);
-    float acc[D / 8][4] = {}, m[2] = {-INF, -INF}, l[2] = {0, 0};
-    const int stop = A.causal ? min(A.TK, row0 + TILE + offset) : A.TK;
-    for (int n0 = 0; n0 < stop; n0 += TILE) {
-        __syncthreads();         // nobody still reads what we are about to overwrite
-        load_tile(sk, A.K + b * A.k[0] + h_kv * A.k[1], A.k[2], n0, A.TK);
-        load_tile(sv, A.V + b * A.v[0] + h_kv * A.v[1], A.v[2], n0, A.TK);
-        __syncthreads();         // the tiles are complete
-        float s[8][4] = {};
-        multiply_abt(s, q, sk);
-        UNROLL for (int r = 0; r < 2; r++) {                         // the online softmax of row g, then of row g + 8
+    load_left(a1, b1);
+    if (BACKWARD) load_left(a2, b2);
+    if (BACKWARD && !KEYS) {
+        __syncthreads();
+        load_tile(b1, Matrix{A.O + ours, stride, T}, row0);
+        __syncthreads();
+        UNROLL for (int r = 0; r < 2; r++) {
             const int row = row0 + g + r * 8;
+            const i64 place = (i64)blockIdx.y * T + row;
+            float sum = 0;
+            for (int i = (g + r * 8) * LD + t, n = 0; n < D; i += 4, n += 4) sum += to_float(b1[i]) * to_float(b2[i]);
+            delta[r] = sum_of_four(sum);
+            l[r] = row < T ? A.L[place] : INF;
+            if (t == 0 && row < T) A.DELTA[place] = delta[r];
+        }
+    }
+    const int first = KEYS && A.causal ? max(0, row0 - offset) / TILE * TILE : 0;    // others see no key of ours
+    const int stop = KEYS ? A.TQ : A.causal ? min(A.TK, row0 + TILE + offset) : A.TK;
+    for (int h = h0; h < h0 + (KEYS ? group : 1); h++, Q.base += A.q[1], DO.base += D)
+    for (int n0 = first; n0 < stop; n0 += TILE) {
+        __syncthreads();         // nobody still reads what we are about to overwrite
+        load_tile(b1, KEYS ? Q : K, n0);
+        load_tile(b2, KEYS ? DO : V, n0);
+        if (KEYS) for (int i = threadIdx.x; i < TILE; i += 128) {
+            const i64 place = (i64)(b * A.H + h) * A.TQ + n0 + i;
+            sl[i] = n0 + i < A.TQ ? A.L[place] : INF;                // queries beyond the end weigh 2^-inf = 0
+            sdelta[i] = n0 + i < A.TQ ? A.DELTA[place] : 0;
+        }
+        __syncthreads();         // the tiles are complete
+        float p[8][4] = {}, ds[8][4] = {};
+        multiply_abt(p, a1, b1);
+        if (BACKWARD) multiply_abt(ds, a2, b2);
+        UNROLL for (int r = 0; r < 2; r++) {                         // row g, then row g + 8
             float m_new = m[r], sum = 0;
-            UNROLL for (int j = 0; j < 8; j++) UNROLL for (int e = 0; e < 2; e++) {
-                const int col = n0 + j * 8 + 2 * t + e;
-                float &x = s[j][2*r+e];
-                x = col >= A.TK || (A.causal && col > row + offset) ? -INF : x * A.scale_log2;
-                m_new = fmaxf(m_new, x);
+            UNROLL for (int j = 0; j < 8; j++) UNROLL for (int e = 2 * r; e < 2 * r + 2; e++) {
+                const int i = j * 8 + 2 * t + e % 2, row = row0 + g + r * 8, col = n0 + i;
+                const int query = KEYS ? col : row, key = KEYS ? row : col;
+                p[j][e] = key >= A.TK || (A.causal && key > query + offset) ? -INF : p[j][e] * A.scale_log2;
+                m_new = fmaxf(m_new, p[j][e]);
+                if (BACKWARD) p[j][e] = exp2f(p[j][e] - (KEYS ? sl[i] : l[r]));
+                if (BACKWARD) ds[j][e] = p[j][e] * (ds[j][e] - (KEYS ? sdelta[i] : delta[r]));
             }
+            if (BACKWARD) continue;
             m_new = fmaxf(m_new, shuffle_xor(m_new, 1));             // four lanes share a row
             m_new = fmaxf(m_new, shuffle_xor(m_new, 2));
             const float m_safe = m_new == -INF ? 0.f : m_new, alpha = exp2f(m[r] - m_safe);
-            UNROLL for (int j = 0; j < 8; j++) UNROLL for (int e = 0; e < 2; e++)
-                sum += s[j][2*r+e] = exp2f(s[j][2*r+e] - m_safe);
-            UNROLL for (int j = 0; j < D / 8; j++) { acc[j][2*r] *= alpha; acc[j][2*r+1] *= alpha; }
+            UNROLL for (int j = 0; j < 8; j++) UNROLL for (int e = 2 * r; e < 2 * r + 2; e++) {
+                sum += p[j][e] = exp2f(p[j][e] - m_safe);
+                acc2[j][e] *= alpha;                                 // as wide as p: D = TILE
+            }
             l[r] = l[r] * alpha + sum;
             m[r] = m_new;
         }
-        multiply_pb(acc, s, sv);
+        if (KEYS || !BACKWARD) multiply_pb(acc2, p, b2);
+        if (BACKWARD) multiply_pb(acc1, ds, b1);
     }
+    if (BACKWARD) store_rows((KEYS ? A.DK : A.DQ) + ours, stride, row0, T, acc1, A.scale, A.scale);
+    if (KEYS) store_rows(A.DV + ours, stride, row0, T, acc2, 1, 1);
+    if (BACKWARD) return;
     UNROLL for (int r = 0; r < 2; r++) {
-        l[r] += shuffle_xor(l[r], 1);
-        l[r] += shuffle_xor(l[r], 2);
         const int row = row0 + g + r * 8;
-        if (t == 0 && row < A.TQ) A.L[(i64)blockIdx.y * A.TQ + row] = l[r] > 0 ? m[r] + log2f(l[r]) : INF;
+        l[r] = sum_of_four(l[r]);
+        if (t == 0 && row < T) A.L[(i64)blockIdx.y * T + row] = l[r] > 0 ? m[r] + log2f(l[r]) : INF;
         l[r] = l[r] > 0 ? 1 / l[r] : 0;
     }
-    store_rows(A.O + ((i64)b * A.TQ * A.H + h) * D, (i64)A.H * D, row0, A.TQ, acc, l[0], l[1]);
+    store_rows(A.O + ours, stride, row0, T, acc2, l[0], l[1]);
 }
-
-// Grid (ceil(TQ / 64), B * H). Leaves delta = rowsum(O * dO) for the next kernel.
-KERNEL attention_dq(const Attention A) {
-    __shared__ __align__(16) u16 sk[TILE * LD], sv[TILE * LD];
-    const int lane = threadIdx.x % 32, g = threadIdx.x / 32 * 16 + lane / 4, t = lane % 4;
-    const int b = blockIdx.y / A.H, h = blockIdx.y % A.H, h_kv = h / (A.H / A.H_kv), offset = A.TK - A.TQ;
-    const int row0 = (gridDim.x - 1 - blockIdx.x) * TILE;
-    const i64 at = ((i64)b * A.TQ * A.H + h) * D, stride = (i64)A.H * D;
-    u32 q[D / 16][4], d[D / 16][4];
-    load_tile(sk, A.DO + at, stride, row0, A.TQ);
-    load_tile(sv, A.O + at, stride, row0, A.TQ);
-    __syncthreads();
-    load_left(d, sk);
-    float dq[D / 8][4] = {}, l[2], delta[2] = {0, 0};
-    UNROLL for (int r = 0; r < 2; r++) {
-        const int row = row0 + g + r * 8;
-        const i64 place = (i64)blockIdx.y * A.TQ + row;
-        for (int i = (g + r * 8) * LD + t, n = 0; n < D; i += 4, n += 4) delta[r] += to_float(sk[i]) * to_float(sv[i]);
-        delta[r] += shuffle_xor(delta[r], 1);
-        delta[r] += shuffle_xor(delta[r], 2);
-        l[r] = row < A.TQ ? A.L[place] : INF;
-        if (t == 0 && row < A.TQ) A.DELTA[place] = delta[r];
-    }
-    __syncthreads();
-    load_tile(sk, A.Q + b * A.q[0] + h * A.q[1], A.q[2], row0, A.TQ);
-    __syncthreads();
-    load_left(q, sk);
-    const int stop = A.causal ? min(A.TK, row0 + TILE + offset) : A.TK;
-    for (int n0 = 0; n0 < stop; n0 += TILE) {
-        __syncthreads();
-        load_tile(sk, A.K + b * A.k[0] + h_kv * A.k[1], A.k[2], n0, A.TK);
-        load_tile(sv, A.V + b * A.v[0] + h_kv * A.v[1], A.v[2], n0, A.TK);
-        __syncthreads();
-        float p[8][4] = {}, dp[8][4] = {};
-        multiply_abt(p, q, sk);
-        multiply_abt(dp, d, sv);
-        UNROLL for (int j = 0; j < 8; j++) UNROLL for (int e = 0; e < 4; e++) {
-            const int row = row0 + g + e / 2 * 8, col = n0 + j * 8 + 2 * t + e % 2;
-            const bool hidden = col >= A.TK || (A.causal && col > row + offset);
-            p[j][e] = hidden ? 0 : exp2f(p[j][e] * A.scale_log2 - l[e / 2]);
-            dp[j][e] = p[j][e] * (dp[j][e] - delta[e / 2]);
-        }
-        multiply_pb(dq, dp, sk);
-    }
-    store_rows(A.DQ + at, stride, row0, A.TQ, dq, A.scale, A.scale);
-}
-
-// Grid (ceil(TK / 64), B * H_kv): 64 keys of one kv head, summed over the query heads of its group. Tiles are
-// transposed: keys down and queries across, so that P^T and dS^T already are left operands.
-KERNEL attention_dkv(const Attention A) {
-    __shared__ __align__(16) u16 sq[TILE * LD], sd[TILE * LD];
-    __shared__ float sl[TILE], sdelta[TILE];
-    const int lane = threadIdx.x % 32, g = threadIdx.x / 32 * 16 + lane / 4, t = lane % 4, group = A.H / A.H_kv;
-    const int b = blockIdx.y / A.H_kv, h_kv = blockIdx.y % A.H_kv, n0 = blockIdx.x * TILE, offset = A.TK - A.TQ;
-    u32 k[D / 16][4], v[D / 16][4];
-    load_tile(sq, A.K + b * A.k[0] + h_kv * A.k[1], A.k[2], n0, A.TK);
-    load_tile(sd, A.V + b * A.v[0] + h_kv * A.v[1], A.v[2], n0, A.TK);
-    __syncthreads();
-    load_left(k, sq);
-    load_left(v, sd);
-    float dk[D / 8][4] = {}, dv[D / 8][4] = {};
-    const int first = A.causal ? max(0, n0 - offset) / TILE * TILE : 0;        // earlier queries see none of our keys
-    for (int h = h_kv * group; h < (h_kv + 1) * group; h++) for (int m0 = first; m0 < A.TQ; m0 += TILE) {
-        const i64 place = (i64)(b * A.H + h) * A.TQ + m0;
-        __syncthreads();
-        load_tile(sq, A.Q + b * A.q[0] + h * A.q[1], A.q[2], m0, A.TQ);
-        load_tile(sd, A.DO + ((i64)b * A.TQ * A.H + h) * D, (i64)A.H * D, m0, A.TQ);
-        for (int i = threadIdx.x; i < TILE; i += 128) {
-            sl[i] = m0 + i < A.TQ ? A.L[place + i] : INF;                    // queries beyond the end weigh 2^-inf = 0
-            sdelta[i] = m0 + i < A.TQ ? A.DELTA[place + i] : 0;
-        }
-        __syncthreads();
-        float p[8][4] = {}, dp[8][4] = {};
-        multiply_abt(p, k, sq);
-        multiply_abt(dp, v, sd);
-        UNROLL for (int j = 0; j < 8; j++) UNROLL for (int e = 0; e < 4; e++) {
-            const int col = n0 + g + e / 2 * 8, i = j * 8 + 2 * t + e % 2;
-            p[j][e] = A.causal && col > m0 + i + offset ? 0 : exp2f(p[j][e] * A.scale_log2 - sl[i]);
-            dp[j][e] = p[j][e] * (dp[j][e] - sdelta[i]);
-        }
-        multiply_pb(dv, p, sd);
-        multiply_pb(dk, dp, sq);
-    }
-    const i64 at = ((i64)b * A.TK * A.H_kv + h_kv) * D, stride = (i64)A.H_kv * D;
-    store_rows(A.DK + at, stride, n0, A.TK, dk, A.scale, A.scale);
-    store_rows(A.DV + at, stride, n0, A.TK, dv, 1, 1);
-}
+KERNEL attention_forward(const Attention A) { walk<false, false>(A); }
+KERNEL attention_dq(const Attention A) { walk<true, false>(A); }
+KERNEL attention_dkv(const Attention A) { walk<true, true>(A); }
 '''
-
-class AttentionArguments(ctypes.Structure):
-    """`struct Attention`, field by field."""
-    _fields_ = [*((name, ctypes.c_void_p) for name in 'Q K V DO O DQ DK DV L DELTA'.split()),
-                *((name, ctypes.c_longlong * 3) for name in 'qkv'),
-                *((name, ctypes.c_int) for name in 'H H_kv TQ TK causal'.split()),
-                ('scale', ctypes.c_float), ('scale_log2', ctypes.c_float)]
-
-def attention_arguments(q, k, v, causal, scale, **tensors):
-    strides = {name: (ctypes.c_longlong * 3)(*t.stride()[:3]) for name, t in zip('qkv', (q, k, v))}
-    pointers = {name: t.data_ptr() for name, t in dict(Q=q, K=k, V=v, **tensors).items()}
-    return AttentionArguments(H=q.shape[1], H_kv=k.shape[1], TQ=q.shape[2], TK=k.shape[2], causal=causal, scale=scale,
-                              scale_log2=scale * LOG2E, **strides, **pointers)
 
 def checked(result):
     """cuda.bindings returns (error, value)."""
@@ -765,9 +693,9 @@ def cuda_image(arch):
     checked(getattr(nvrtc, f'nvrtcGet{kind}')(program, image))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(image)
-        os.replace(file.name, path)                    # in one step: no other process reads half a file
+        part = path.with_suffix(f'.{os.getpid()}')
+        part.write_bytes(image)
+        part.replace(path)                             # in one step: no other process reads half a file
     except OSError:                                    # a read-only home pays that second again each time
         pass
     return image
@@ -777,34 +705,37 @@ def cuda_function(name, device_index, arch):
     from cuda.bindings import driver
     return checked(driver.cuModuleGetFunction(checked(driver.cuModuleLoadData(cuda_image(arch))), name.encode()))
 
-def launch_cuda(name, grid, x, *arguments):
-    """Launches a kernel of CUDA_SOURCE in blocks of 128 threads, on x's device and PyTorch's current stream."""
+def launch_cuda(name, grid, x, layout, *values):
+    """Launches a kernel of CUDA_SOURCE in blocks of 128 threads, on x's device and PyTorch's current stream. Its one
+    argument is a C struct of these values: P a pointer, q an i64, i an int, f a float."""
     from cuda.bindings import driver
     calls[name] += 1
-    places = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+    argument = ctypes.create_string_buffer(struct.pack(layout + '0P', *values))    # 0P pads the end, as C does
+    place = ctypes.c_void_p(ctypes.addressof(argument))
     with torch.cuda.device(x.device):
         # A fresh thread, such as autograd's, has no context for driver calls until something makes PyTorch's current.
         if not int(checked(driver.cuCtxGetCurrent())):
             checked(driver.cuCtxSetCurrent(checked(driver.cuDevicePrimaryCtxRetain(x.device.index))))
         function = cuda_function(name, x.device.index, 'sm_{}{}'.format(*capability(x.device)))
         stream = torch.cuda.current_stream().cuda_stream
-        checked(driver.cuLaunchKernel(function, *grid, 1, 128, 1, 1, 0, stream, ctypes.addressof(places), 0))
+        checked(driver.cuLaunchKernel(function, *grid, 1, 128, 1, 1, 0, stream, ctypes.addressof(place), 0))
+
+def launch_cuda_attention(name, heads, T, causal, scale, q, k, v, *others):
+    """The struct Attention, field by field; `others` are do, o, dq, dk, dv, l and delta."""
+    pointers = (0 if x is None else x.data_ptr() for x in (q, k, v, *others))
+    launch_cuda(name, (-(-T // 64), q.shape[0] * heads), q, '10P9q5i2f', *pointers, *strides(q, k, v), q.shape[1],
+                k.shape[1], q.shape[2], k.shape[2], causal, scale, scale * LOG2E)
 
 
 # --- Attention: one door
+
+def strides(*tensors):
+    return [stride for x in tensors for stride in x.stride()[:3]]
 
 def new_rows(x):
     """An empty tensor of x's shape (B, H, T, D) that lies as (B, T, H, D) in memory."""
     B, H, T, D = x.shape
     return x.new_empty_strided((B, H, T, D), (T * H * D, D, H * D, 1))
-
-def readable(x, impl):
-    """x, or a copy if the kernels cannot read it as it lies: elements of a row side by side, rows near enough for
-    32-bit offsets within a tile, and for CUDA C++ at multiples of 16 bytes, which it reads at once."""
-    ok = x.stride(-1) == 1 and x.stride(-2) < 2**24
-    if impl == 'cuda':
-        ok = ok and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
-    return x if ok else x.clone(memory_format=torch.contiguous_format)
 
 def as_rows(x):
     """x, or a copy that lies as new_rows does and begins at a multiple of 16 bytes. Usually gradients do already; so do
@@ -812,27 +743,31 @@ def as_rows(x):
     x = x.transpose(1, 2).contiguous()
     return (x.clone() if x.data_ptr() % 16 else x).transpose(1, 2)
 
-def fake_attention(q, k, v, *rest):
-    return new_rows(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+def readable(x, impl):
+    """x, or a copy if the kernels cannot read it as it lies: elements of a row side by side, rows near enough for
+    32-bit offsets within a tile, and for CUDA C++ at multiples of 16 bytes, which it reads at once."""
+    ok = x.stride(-1) == 1 and x.stride(-2) < 2**24
+    ok = ok and (impl != 'cuda' or x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1]))
+    return x if ok else x.clone(memory_format=torch.contiguous_format)
 
 @op('(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor l, Tensor? seed, bool causal, float dropout_p, '
     'float scale, str impl) -> (Tensor, Tensor, Tensor)', lambda do, q, k, v, *rest: tuple(map(new_rows, (q, k, v))))
 def attention_backward(do, q, k, v, o, l, seed, causal, dropout_p, scale, impl):
-    q, k, v = (readable(x, impl) for x in (q, k, v))
-    do, o = as_rows(do), as_rows(o)
+    q, k, v, do, o = *(readable(x, impl) for x in (q, k, v)), as_rows(do), as_rows(o)
     dq, dk, dv, delta = new_rows(q), new_rows(k), new_rows(v), torch.empty_like(l)
     (B, H, TQ, D), (_, H_kv, TK, _) = q.shape, k.shape
     if impl == 'cuda':
-        arguments = attention_arguments(q, k, v, causal, scale, O=o, DO=do, DQ=dq, DK=dk, DV=dv, L=l, DELTA=delta)
-        launch_cuda('attention_dq', (-(-TQ // 64), B * H), q, arguments)
-        launch_cuda('attention_dkv', (-(-TK // 64), B * H_kv), q, arguments)
+        for name, heads, T in (('attention_dq', H, TQ), ('attention_dkv', H_kv, TK)):
+            launch_cuda_attention(name, heads, T, causal, scale, q, k, v, do, o, dq, dk, dv, l, delta)
         return dq, dk, dv
     _, for_dq, for_dkv = attention_constants(q.device, q.dtype, D, causal, dropout_p > 0)
-    rest = (l, delta, q if seed is None else seed, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], H, H_kv, TQ, TK,
-            scale, scale * LOG2E, dropout_p)
+    rest = (l, delta, q if seed is None else seed, *strides(q, k, v), H, H_kv, TQ, TK, scale, scale * LOG2E, dropout_p)
     launch(attention_dq_kernel, (triton.cdiv(TQ, for_dq['BM']) * B * H,), q, k, v, o, do, dq, *rest, **for_dq)
     launch(attention_dkv_kernel, (triton.cdiv(TK, for_dkv['BN']) * B * H_kv,), q, k, v, do, dk, dv, *rest, **for_dkv)
     return dq, dk, dv
+
+def fake_attention(q, k, v, *rest):
+    return new_rows(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 def save_attention(ctx, inputs, output):
     q, k, v, seed, *ctx.settings = inputs
@@ -846,16 +781,14 @@ def grad_attention(ctx, do, dl):
     ' -> (Tensor, Tensor)', fake_attention, grad_attention, save_attention)
 def attention_forward(q, k, v, seed, causal, dropout_p, scale, impl):
     q, k, v = (readable(x, impl) for x in (q, k, v))
-    o, l = fake_attention(q, k, v)
-    (B, H, TQ, D), (_, H_kv, TK, _) = q.shape, k.shape
+    (B, H, TQ, D), (o, l) = q.shape, fake_attention(q, k, v)
     if impl == 'cuda':
-        arguments = attention_arguments(q, k, v, causal, scale, O=o, L=l)
-        launch_cuda('attention_forward', (-(-TQ // 64), B * H), q, arguments)
-        return o, l
-    constants, _, _ = attention_constants(q.device, q.dtype, D, causal, dropout_p > 0)
-    seed = q if seed is None else seed                            # without dropout nobody reads it
-    launch(attention_forward_kernel, (triton.cdiv(TQ, constants['BM']) * B * H,), q, k, v, o, l, seed,
-           *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], H, H_kv, TQ, TK, scale * LOG2E, dropout_p, **constants)
+        launch_cuda_attention('attention_forward', H, TQ, causal, scale, q, k, v, None, o, None, None, None, l, None)
+    else:
+        constants, _, _ = attention_constants(q.device, q.dtype, D, causal, dropout_p > 0)
+        seed = q if seed is None else seed                        # without dropout nobody reads it; nor lengths, ever
+        launch(attention_forward_kernel, (triton.cdiv(TQ, constants['BM']) * B * H,), q, k, v, o, l, seed, l,
+               *strides(q, k, v), H, k.shape[1], TQ, k.shape[2], scale * LOG2E, dropout_p, SPLITS=0, **constants)
     return o, l
 
 def attention(q, k, v, causal=True, dropout_p=0.0, scale=None, impl='auto'):
@@ -864,13 +797,11 @@ def attention(q, k, v, causal=True, dropout_p=0.0, scale=None, impl='auto'):
     that cannot run here raises ValueError with the reason."""
     # First, because a small model on a CPU feels each us. The kernels scale the maximum: they need a positive scale.
     if impl == 'sdpa' or impl == 'auto' and not (q.is_cuda and (scale is None or scale > 0)):
-        count('sdpa')
         return attention_sdpa(q, k, v, causal, dropout_p, scale)
     if q.is_cuda and torch.is_autocast_enabled('cuda'):           # as PyTorch does for its own attention
         q, k, v = (t.to(torch.get_autocast_dtype('cuda')) for t in (q, k, v))
     name, _ = choose(q, k, v, causal, dropout_p, impl)
     if name in ('sdpa', 'plain'):
-        count(name)
         return (attention_sdpa if name == 'sdpa' else attention_reference)(q, k, v, causal, dropout_p, scale)
     # The seed stays on the device: no wait for it, a fresh mask at each replay of a CUDA graph, and the same mask when
     # activation checkpointing restores the generator and computes again.
@@ -883,69 +814,37 @@ def attention(q, k, v, causal=True, dropout_p=0.0, scale=None, impl='auto'):
 # --- Decoding: one new token, a long cache
 
 # o = softmax(q K[:length]^T / sqrt(D)) V[:length] for q (B, H, 1, D), caches (B, H_kv, T_max, D), lengths (B,).
-# With one query per head there are only B * H_kv rows of work, too few to fill a GPU, so each cache is cut into SPLITS
-# slices. A program reads its slice once for all G = H / H_kv heads of the group and leaves m, l and acc; another kernel
-# combines slices as the online softmax combines tiles ("Flash-Decoding", pytorch.org/blog/flash-decoding). Replaces a
-# mask over the whole cache. The grid depends on shapes alone, and lengths stay on the device: CUDA graphs work.
+# One query per head is too little work to fill a GPU. So the G = H / H_kv heads of a group become G queries of one kv
+# head, SPLITS programs of attention_forward_kernel take a slice of its cache each, and the kernel below combines slices
+# as the online softmax combines tiles ("Flash-Decoding", pytorch.org/blog/flash-decoding). Replaces a mask over the
+# whole cache. The grid depends on shapes alone, and lengths stay on the device: CUDA graphs work.
 @jit
-def decode_kernel(Q, K, V, LENGTHS, ACC, ML, sqb, sqh, skb, skh, skt, svb, svh, svt, H_kv, SPLITS, scale_log2,
-                  D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr):
-    b, h_kv = (tl.program_id(0) // H_kv).to(tl.int64), (tl.program_id(0) % H_kv).to(tl.int64)
-    split = tl.program_id(1)
-    length = tl.load(LENGTHS + b)
-    slice_size = tl.cdiv(tl.cdiv(length, SPLITS), BN) * BN
-    start = split * slice_size
-    stop = tl.minimum(length, start + slice_size)                 # may lie before start: then this program has no work
-    g = tl.arange(0, GP)                                          # the group's heads, padded to the 16 rows of a tl.dot
-    q = load_rows(Q + b * sqb + h_kv * G * sqh, sqh, 0, G, GP, D, DP, True)
-    m = tl.full([GP], float('-inf'), tl.float32)
-    l = tl.zeros([GP], tl.float32)
-    acc = tl.zeros([GP, DP], tl.float32)
-    for n0 in range(start, stop, BN):
-        n = n0 + tl.arange(0, BN)
-        k = load_rows(K + b * skb + h_kv * skh, skt, n0, stop, BN, D, DP, True)
-        s = tl.dot(q, tl.trans(k), input_precision='ieee') * scale_log2
-        s = tl.where(n[None, :] < stop, s, float('-inf'))
-        m_new = tl.maximum(m, tl.max(s, 1))
-        p = tl.exp2(s - m_new[:, None])
-        alpha = tl.exp2(m - m_new)
-        v = load_rows(V + b * svb + h_kv * svh, svt, n0, stop, BN, D, DP, True)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision='ieee')
-        l = l * alpha + tl.sum(p, 1)
-        m = m_new
-    at = (tl.program_id(0).to(tl.int64) * SPLITS + split) * GP    # ACC (B * H_kv, SPLITS, GP, D), ML (..., GP, 2)
-    store_rows(ACC + at * D, D, 0, GP, acc, D, DP)
-    tl.store(ML + (at + g) * 2, m)
-    tl.store(ML + (at + g) * 2 + 1, l)
+def decode_combine_kernel(PART, L, O, H_kv, D: constexpr, DP: constexpr, G: constexpr, SPLITS: constexpr,
+                          SP: constexpr):
+    b, h = tl.program_id(0).to(tl.int64), tl.program_id(1)        # PART (B, G, H_kv, SPLITS, D), L (B, H_kv, SPLITS, G)
+    h_kv, g, split, d = h // G, h % G, tl.arange(0, SP), tl.arange(0, DP)
+    l = tl.load(L + ((b * H_kv + h_kv) * SPLITS + split) * G + g, mask=split < SPLITS, other=float('-inf'))
+    weight = tl.exp2(l - tl.max(l, 0))                            # 0 for a slice without keys; the first has some
+    part = load_rows(PART + ((b * G + g) * H_kv + h_kv) * SPLITS * D, D, 0, SPLITS, SP, D, DP)
+    tl.store(O + (b * H_kv * G + h) * D + d, tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0), mask=d < D)
 
-@jit
-def decode_combine_kernel(ACC, ML, O, SPLITS, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
-                          SP: tl.constexpr):
-    split, d = tl.arange(0, SP), tl.arange(0, DP)
-    at = (tl.program_id(0).to(tl.int64) * SPLITS + split) * GP + tl.program_id(1)
-    m = tl.load(ML + at * 2, mask=split < SPLITS, other=float('-inf'))
-    l = tl.load(ML + at * 2 + 1, mask=split < SPLITS, other=0.0)
-    m_all = tl.max(m, 0)
-    weight = tl.where(m == float('-inf'), 0.0, tl.exp2(m - m_all))   # 0 for a slice without keys
-    total = tl.sum(weight * l, 0)
-    acc = tl.load(ACC + at[:, None] * D + d[None, :], mask=(split[:, None] < SPLITS) & (d[None, :] < D), other=0.0)
-    o = tl.sum(acc * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)    # a cache of length 0 gives 0
-    row = tl.program_id(0).to(tl.int64) * G + tl.program_id(1)    # b * H + h
-    tl.store(O + row * D + d, o.to(O.dtype.element_ty), mask=d < D)
+def decode_constants(D, G):
+    return dict(D=D, DP=max(16, triton.next_power_of_2(D)), BM=max(16, triton.next_power_of_2(G)),
+                BN=64 if D <= 64 else 32, CAUSAL=False, DROPOUT=False)
 
 @op('(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths) -> Tensor', fake=lambda q, *rest: q.new_empty(q.shape))
 def decode_forward(q, k_cache, v_cache, lengths):
     (B, H, _, D), (_, H_kv, T_max, _) = q.shape, k_cache.shape
-    q, k, v = (readable(x, 'triton') for x in (q, k_cache, v_cache))
     # Enough slices for two programs per multiprocessor, but none under 128 keys.
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
     splits, G = max(1, min(-(-2 * processors // (B * H_kv)), -(-T_max // 128), 64)), H // H_kv
-    sizes = dict(D=D, DP=max(16, triton.next_power_of_2(D)), G=G, GP=(GP := max(16, triton.next_power_of_2(G))))
-    acc, ml = (q.new_empty((B * H_kv, splits, GP, n), dtype=torch.float32) for n in (D, 2))
-    o = q.new_empty(q.shape)
-    launch(decode_kernel, (B * H_kv, splits), q, k, v, lengths.contiguous(), acc, ml, *q.stride()[:2], *k.stride()[:3],
-           *v.stride()[:3], H_kv, splits, D ** -0.5 * LOG2E, BN=64 if D <= 64 else 32, **sizes)
-    launch(decode_combine_kernel, (B * H_kv, G), acc, ml, o, splits, SP=triton.next_power_of_2(splits), **sizes)
+    q, k, v = (readable(x, 'triton') for x in (q.reshape(B, H_kv, G, D), k_cache, v_cache))
+    part, l = fake_attention(q.new_empty((B, H_kv * splits, G, D), dtype=torch.float32), k, v)
+    o, constants = q.new_empty((B, H, 1, D)), decode_constants(D, G)
+    launch(attention_forward_kernel, (B * H_kv * splits,), q, k, v, part, l, q, lengths.contiguous(), *strides(q, k, v),
+           H_kv * splits, H_kv, G, T_max, D ** -0.5 * LOG2E, 0.0, SPLITS=splits, **constants)
+    launch(decode_combine_kernel, (B, H), part, l, o, H_kv, D=D, DP=constants['DP'], G=G, SPLITS=splits,
+           SP=triton.next_power_of_2(splits))
     return o
 
 def decode_attention(q, k_cache, v_cache, lengths, impl='auto'):
@@ -953,12 +852,9 @@ def decode_attention(q, k_cache, v_cache, lengths, impl='auto'):
     first lengths[b] places of its own (int32, on the device, at least 1); finite numbers must fill the others. For
     sampling: no gradient."""
     name, _ = describe(q.device, q.dtype, q.shape[-1], 'sdpa' if impl == 'plain' else impl)
-    if name == 'cuda':
-        refuse(impl, impl == 'cuda' and 'decode_attention has no CUDA C++ kernel')
-        name = 'sdpa'
+    refuse(impl, impl == 'cuda' and 'decode_attention has no CUDA C++ kernel')
     if name == 'triton' and (impl == 'triton' or not self_check(name, q.device, q.dtype, q.shape[-1])):
         return decode_forward(q, k_cache, v_cache, lengths)
-    count('sdpa')
     mask = None
     if q.device.type == 'cpu':                                    # lengths can be read for nothing: cut instead of mask
         shortest, longest = lengths.aminmax()
@@ -980,22 +876,19 @@ SLICE = 2**24                        # logits in a slice (64 MB in fp32). Fewer 
 
 # One program per row. First pass: online softmax over the row. Second: the logits become their gradient.
 @jit
-def cross_entropy_kernel(Z, TARGETS, LOSS, n, ignore_index, GRAD: tl.constexpr, BLOCK: tl.constexpr):
+def cross_entropy_kernel(Z, TARGETS, LOSS, n, ignore_index, GRAD: constexpr, BLOCK: constexpr):
     row = tl.program_id(0).to(tl.int64)
     Z += row * n
     target = tl.load(TARGETS + row)
     valid = target != ignore_index
     i = tl.arange(0, BLOCK)
-    m = tl.full([BLOCK], float('-inf'), tl.float32)               # one maximum and sum per lane; one of all at the end
-    l = tl.zeros([BLOCK], tl.float32)
+    m, l = float('-inf'), 0.0
     for start in range(0, n, BLOCK):
         z = tl.load(Z + start + i, mask=start + i < n, other=float('-inf')).to(tl.float32)
-        m_new = tl.maximum(m, z)
-        m_safe = tl.where(m_new == float('-inf'), 0.0, m_new)
-        l = l * tl.exp(m - m_safe) + tl.exp(z - m_safe)
+        m_new = tl.maximum(m, tl.max(z, 0))
+        l = l * tl.exp(m - m_new) + tl.sum(tl.exp(z - m_new), 0)
         m = m_new
-    m_row = tl.max(m, 0)
-    logsumexp = m_row + tl.log(tl.sum(l * tl.exp(m - m_row), 0))
+    logsumexp = m + tl.log(l)
     inside = valid & (target >= 0) & (target < n)                 # any other target makes the loss NaN
     z_target = tl.load(Z + target, mask=inside, other=float('nan')).to(tl.float32)
     tl.store(LOSS + row, tl.where(valid, logsumexp - z_target, 0.0))
@@ -1004,7 +897,7 @@ def cross_entropy_kernel(Z, TARGETS, LOSS, n, ignore_index, GRAD: tl.constexpr, 
         for start in range(0, n, BLOCK):
             z = tl.load(Z + start + i, mask=start + i < n, other=0.0).to(tl.float32)
             dz = tl.exp(z - logsumexp) - tl.where(start + i == target, 1.0, 0.0)
-            tl.store(Z + start + i, tl.where(valid, dz, 0.0).to(Z.dtype.element_ty), mask=start + i < n)
+            tl.store(Z + start + i, tl.where(valid, dz, 0.0), mask=start + i < n)
 
 def cross_entropy_rows(z, targets, ignore_index, grad):
     """(loss per row, gradient of its sum): logits z (n, V); z's memory is used up. Rows without a target give 0."""
@@ -1013,14 +906,12 @@ def cross_entropy_rows(z, targets, ignore_index, grad):
         launch(cross_entropy_kernel, (len(z),), z, targets, loss, z.shape[1], ignore_index, GRAD=grad,
                BLOCK=min(4096, triton.next_power_of_2(z.shape[1])), num_warps=8)
         return loss, z
-    valid = targets != ignore_index
-    at = targets.where(valid, 0)[:, None]
-    z, dtype = z.float() if z.dtype in HALF else z, z.dtype
-    logsumexp = z.logsumexp(1, keepdim=True)
-    loss = (logsumexp - z.gather(1, at))[:, 0].where(valid, 0.0)
+    valid, wide = targets != ignore_index, z.float() if z.dtype in HALF else z
+    at, logsumexp = targets.where(valid, 0)[:, None], wide.logsumexp(1, keepdim=True)
+    loss = (logsumexp - wide.gather(1, at))[:, 0].where(valid, 0.0)
     if grad:
-        z.sub_(logsumexp).exp_().scatter_add_(1, at, torch.full_like(logsumexp, -1.0)).mul_(valid[:, None])
-    return loss, z.to(dtype)
+        wide.sub_(logsumexp).exp_().scatter_add_(1, at, torch.full_like(logsumexp, -1.0)).mul_(valid[:, None])
+    return loss, wide.to(z.dtype)
 
 def fake_loss(x, weight, targets, ignore_index, grad):
     wide = torch.promote_types(x.dtype, torch.float32)            # sums are made in fp32 (float64 in tests)
@@ -1041,12 +932,11 @@ def grad_loss(ctx, g, *rest):
 def linear_cross_entropy_forward(x, weight, targets, ignore_index, grad):
     """(loss, number of valid targets, dx, dW); the gradients are those of the sum of losses, not yet of their mean."""
     loss, valid, dx, dw = (t.zero_() for t in fake_loss(x, weight, targets, ignore_index, grad))
-    targets = targets.contiguous()
     # A GPU needs taller matrices to be busy; in more rows than 4,096 a 16-bit sum for dW might overflow.
     rows = max(1, min(4096, SLICE * (4 if x.is_cuda else 1) // len(weight)))
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
-        losses, dz = cross_entropy_rows(x[part] @ weight.T, targets[part], ignore_index, grad)
+        losses, dz = cross_entropy_rows(x[part] @ weight.T, targets[part].contiguous(), ignore_index, grad)
         loss += losses.sum()
         if grad:
             torch.mm(dz, weight, out=dx[part])
@@ -1076,27 +966,27 @@ def linear_cross_entropy(x, weight, targets, ignore_index=-1):
 def cases(device, big):
     """(name, impl, function, formula, inputs, work, unit): big inputs for times, small ragged ones for errors."""
     gpu = device.type == 'cuda'
-    large, runs = gpu and big, lambda *a: [i for i in ('triton', 'cuda') if not missing(i, device, *a)] + ['sdpa']
+    large, dtypes = gpu and big, HALF[:1 + (capability(device) >= (8, 0))] if gpu else (torch.float32,)
+    runs = lambda *a: [impl for impl in ('triton', 'cuda') if not missing(impl, device, *a)] + ['sdpa']
     make = lambda *shape: torch.randn(*shape, device=device).to(dtype)
-    for dtype in HALF[:1 + (capability(device) >= (8, 0))] if gpu else (torch.float32,):
+    for dtype in dtypes:
         for D, T in ((64, 1024), (64, 4096), (128, 4096)) if gpu else ((64, 512),):
-            impls = [*runs(dtype, D), *['plain'] * (T < 4096)]    # there it needs more memory than many GPUs have
             B, H, T = (16384 // T, 2048 // D, T) if large else (1, 4, T) if big else (2, 4, 77)
-            for impl in impls:
+            for impl in [*runs(dtype, D), *['plain'] * (T < 4096)]:    # there it needs more memory than many GPUs have
                 qkv = [make(B, T, H, D).transpose(1, 2) for _ in 'qkv']
-                function = functools.partial(attention, impl=impl)
-                yield 'attention', impl, function, attention_reference, qkv, 2 * B * H * T * T * D, 'TFLOP/s'
+                yield ('attention', impl, functools.partial(attention, impl=impl), attention_reference, qkv,
+                       2 * B * H * T * T * D, 'TFLOP/s')
     for impl in runs(dtype):
-        x = make(*((16384, 4096) if large else (300, 1000))).to(torch.float16 if impl == 'cuda' else dtype)
-        function, formula = functools.partial(softmax, impl=impl), functools.partial(torch.softmax, dim=-1)
-        yield 'softmax', impl, function, formula, [x], 2 * x.numel() * x.element_size(), 'GB/s'
+        dtype = torch.float16 if impl == 'cuda' else dtypes[-1]
+        function = dict(triton=softmax, cuda=softmax_cuda, sdpa=lambda x: torch.softmax(x, -1))[impl]
+        x = make(*((16384, 4096) if large else (300, 1000)))
+        yield 'softmax', impl, function, lambda x: torch.softmax(x, -1), [x], 2 * x.nbytes, 'GB/s'
     B, H, T = (32, 12, 1024) if large else (2, 2, 300)
-    lengths = torch.full((B,), T, dtype=torch.int32, device=device)
-    for impl in [i for i in runs(dtype, 64) if i != 'cuda']:
-        qkv = [make(B, H, t, 64) for t in (1, T, T)]
-        function = functools.partial(decode_attention, lengths=lengths, impl=impl)
-        work = 128 * B * H * T * qkv[0].element_size()            # reading keys and values once
-        yield 'decode_attention', impl, function, attention_reference, qkv, work, 'GB/s'
+    decode = functools.partial(decode_attention, lengths=torch.full((B,), T, dtype=torch.int32, device=device))
+    for impl in [impl for impl in runs(dtype, 64) if impl != 'cuda']:
+        qkv = [make(B, H, t, 64) for t in (1, T, T)]              # the work: reading keys and values once
+        yield ('decode_attention', impl, functools.partial(decode, impl=impl), attention_reference, qkv,
+               2 * qkv[1].nbytes, 'GB/s')
     N, C, V = (16384, 768, 50257) if large else (400, 64, 50257)
     targets = torch.randint(V, (N,), device=device)
     formula = lambda x, w: F.cross_entropy(F.linear(x, w).to(torch.promote_types(x.dtype, torch.float32)), targets)
@@ -1104,51 +994,46 @@ def cases(device, big):
         yield 'linear_cross_entropy', impl, function, formula, [make(N, C), make(V, C) / 8], 2 * N * C * V, 'TFLOP/s'
 
 def with_gradients(function, inputs):
-    o = function(*inputs)
-    return o, *(torch.autograd.grad(o.float().square().sum(), inputs) if o.requires_grad else ())
+    o = function(*inputs)                                         # the first input stands in for the gradient
+    do = inputs[0].detach() if o.shape == inputs[0].shape else None
+    return o, *(torch.autograd.grad(o, inputs, do) if o.requires_grad else ())
 
 def milliseconds(run, device):
-    """Median of at least 3 runs, after one that compiles. On a GPU 256 MB of zeros push the inputs out of its cache."""
-    times, wait = [], torch.cuda.synchronize if device.type == 'cuda' else lambda: None
-    while len(times) < 4 or sum(times[1:]) < 200:
-        if device.type == 'cuda':
-            torch.empty(2**26, device=device).zero_()
-        wait()
-        start = time.perf_counter()
-        run()
-        wait()
-        times.append((time.perf_counter() - start) * 1e3)
-    return sorted(times[1:])[len(times) // 2 - 1]
+    """The median. On a GPU by Triton's own bench: with an empty cache, and without the time of launches."""
+    if device.type == 'cuda' and triton:
+        return triton.testing.do_bench(run, return_mode='median')
+    from torch.utils import benchmark
+    timer = benchmark.Timer('run()', globals={'run': run}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=0.2).median * 1e3
 
 def measure(device, small, big, ceilings):
     """A row of the table: the error on small inputs against float64, the times on big ones."""
-    (name, impl, function, formula, inputs, _, _), gpu = small, device.type == 'cuda'
-    inputs = [x.requires_grad_(name != 'decode_attention') for x in inputs]
-    truth = with_gradients(formula, [x.detach().double().requires_grad_(x.requires_grad) for x in inputs])
-    error = max(relative_error(a, b) for a, b in zip(with_gradients(function, inputs), truth))
-    ok = error < (1e-5 if inputs[0].dtype == torch.float32 else 3e-2)
-    row = dict(name=name, impl=impl, dtype=str(inputs[0].dtype)[6:], error=error, ok=ok, memory_mb=None)
+    name, impl, function, formula, inputs, _, _ = small
+    gpu, learns = device.type == 'cuda', name != 'decode_attention' and function is not softmax_cuda
+    truth, ours = (with_gradients(f, [x.detach().to(dtype).requires_grad_(learns) for x in inputs])
+                   for f, dtype in ((formula, torch.float64), (function, inputs[0].dtype)))
+    error = max(map(relative_error, ours, truth))
+    row = dict(name=name, impl=impl, dtype=str(inputs[0].dtype)[6:], error=error,
+               ok=error < (1e-5 if inputs[0].dtype == torch.float32 else 3e-2))
     if INTERPRET and impl in ('triton', 'sliced'):
         return row                                                # the interpreter's time would mean nothing
     _, _, function, _, inputs, work, unit = big
-    inputs = [x.requires_grad_(name != 'decode_attention') for x in inputs]
-    run = torch.no_grad()(lambda: function(*inputs))
-    forward = milliseconds(run, device)
-    kind = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[kind]) as profile:    # asked which kernel ran, not assumed
+    inputs = [x.requires_grad_(learns) for x in inputs]
+    run, train = torch.no_grad()(lambda: function(*inputs)), lambda: with_gradients(function, inputs)
+    forward, both = milliseconds(run, device), milliseconds(train, device) if learns else None
+    with torch.profiler.profile() as profile:                     # asked which kernel ran, not assumed
         run()
     cost = lambda event: event.self_device_time_total if gpu else event.self_cpu_time_total
-    longest = max(profile.key_averages(), key=cost, default=None)
+    longest, memory = max(profile.key_averages(), key=cost).key, None
     if gpu:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        with_gradients(function, inputs)
-        row['memory_mb'] = (torch.cuda.max_memory_allocated() - before) / 2**20
-    backward = milliseconds(lambda: with_gradients(function, inputs), device) - forward
+        train()
+        memory = (torch.cuda.max_memory_allocated() - before) / 2**20
     rate = work / forward / (1e9 if unit == 'TFLOP/s' else 1e6)
     return dict(row, shape=' '.join(map(str, inputs[name == 'decode_attention'].shape)), forward_ms=forward,
-                backward_ms=backward if inputs[0].requires_grad else None, rate=rate, unit=unit,
-                share=rate / ceilings[unit], ran=longest and longest.key.removeprefix('aten::'))
+                backward_ms=both and both - forward, rate=rate, unit=unit, share=rate / ceilings[unit],
+                memory_mb=memory, ran=longest.removeprefix('aten::'))
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description='Checks kernels.py on this machine and times it.')
@@ -1157,17 +1042,16 @@ def main(argv=None):
     gpu = torch.cuda.is_available() and not INTERPRET
     device = torch.device('cuda' if gpu else 'cpu')
     n, dtype = (8192, torch.float16) if gpu else (512, torch.float32)
-    a, (c, d) = torch.randn(n, n, device=device).to(dtype), torch.zeros(2, 2**28 if gpu else 2**23, device=device)
-    ceilings = {'TFLOP/s': 2 * n**3 / milliseconds(lambda: a @ a, device) / 1e9,
-                'GB/s': 8 * len(c) / milliseconds(lambda: c.copy_(d), device) / 1e6}
-    del a, c, d                                                   # 2 GB, which a small GPU needs below
+    a = torch.randn(2, n, n, device=device).to(dtype)
+    ceilings = {'TFLOP/s': 2 * n**3 / milliseconds(lambda: a[0] @ a[1], device) / 1e9,
+                'GB/s': a.nbytes / milliseconds(lambda: a[0].copy_(a[1]), device) / 1e6}
     where = torch.cuda.get_device_name() if gpu else 'CPU'
     print(f'{where}, torch {torch.__version__}, triton {triton and triton.__version__}')
     print('share of matmul {TFLOP/s:.3g} TFLOP/s or copy {GB/s:.3g} GB/s; error against float64; MB beyond inputs'
           .format(**ceilings))
-    line = '{:21}{:7}{:9}{:>8}{:>17}{:>8}{:>8}{:>8} {:8}{:>6}{:>8} {:.40}'.format
     keys = 'name impl dtype error shape forward_ms backward_ms rate unit share memory_mb ran'.split()
-    print(line(*'name impl dtype error shape fwd_ms bwd_ms rate unit share MB longest_kernel'.split()))
+    line = '{:21}{:7}{:9}{:>8}{:>17}{:>11}{:>12}{:>8} {:8}{:>6}{:>10} {:.40}'.format
+    print(line(*keys))
     rows = []
     for small, big in zip(cases(device, False), cases(device, True)):
         rows.append(row := measure(device, small, big, ceilings))
