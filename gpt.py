@@ -813,7 +813,7 @@ class Run:
             for name in ("best.pt", "ckpt.pt", "ckpt.prev.pt") if not checkpoint else ():
                 (self.out / name).unlink(missing_ok=True)
             for name in ("log.jsonl", "probe.jsonl"):
-                keep_lines(self.out / name, self.step)
+                keep_lines(self.out / name, self.step + self.seen())
         self.progress = max(0, self.step - 1) / self.s.steps if self.s.steps else 0.0
         self.begun, self.logged = (self.progress, time.monotonic()), (self.step, 0.0)
 
@@ -871,24 +871,25 @@ class Run:
         if checkpoint["scaler"]:  # a run in another precision has none
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.step, self.seconds_before = checkpoint["step"], checkpoint["seconds"]
+        self.reserve = checkpoint.get("reserve", 0.0)
         self.history, self.last = checkpoint["history"], checkpoint["last"]
 
     def loop(self, on_eval):
         times = 10 if self.s.steps else min(10, 1 + int(4 * self.s.minutes))  # a short run has no time for more
         while True:
             before, (self.progress, stop) = self.progress, self.agree()
-            done = self.progress >= 1
+            done, seen = self.progress >= 1, self.seen()
             def due(every, times):  # every so many steps, or else so many times in a run
                 return self.step % every == 0 if every else int(before * times) < int(self.progress * times)
-            evaluating = not stop and (done or self.step == 0 or due(self.s.eval_every, times))
+            evaluating = not (stop or seen) and (done or self.step == 0 or due(self.s.eval_every, times))
             if self.rank == 0:
                 begun = time.monotonic()
                 if evaluating:
                     self.evaluate()
-                if evaluating or due(None, 500):
+                if evaluating or due(None, 500) and not seen:
                     self.log(evaluating)
                 early = self.step & (self.step - 1) == 0  # 1, 2, 4, 8, ...
-                if on_eval and not stop and (evaluating or early or due(None, 2 * times)):
+                if on_eval and not (stop or seen) and (evaluating or early or due(None, 2 * times)):
                     on_eval(self)
                 if evaluating:  # seconds that the last evaluation and the saving after it will take
                     self.reserve = 1.25 * (time.monotonic() - begun) + 0.5
@@ -913,6 +914,10 @@ class Run:
             self.signal = self.signal or int(signal)
             return progress, int(signal)
         return progress, self.signal
+
+    def seen(self):
+        """Whether the run had come this far, and been evaluated here, before it was resumed."""
+        return self.history[-1:] != [] and self.history[-1][0] == self.step
 
     def seconds(self):
         return self.seconds_before + time.monotonic() - self.started
@@ -978,7 +983,7 @@ class Run:
     def evaluate(self):
         """The validation loss, over windows that are always the same. The best model so far is kept."""
         val = None
-        best = min((loss for step, loss in self.history if loss is not None and 0 < step < self.step), default=math.inf)
+        best = min((loss for step, loss in self.history if loss is not None and step), default=math.inf)
         if len(self.val_tokens) > 1:
             with precision(self.device, self.dtype):
                 tokens = 1 << (15 if self.device.type == "cpu" else 18)
@@ -988,7 +993,7 @@ class Run:
             if len(recent) == 4 and all(a < b for a, b in zip(recent, recent[1:])):
                 notice("the validation loss rose three times in a row: the model begins to memorise; "
                        f"best.pt has {best:.4f}")
-        self.history = [h for h in self.history if h[0] < self.step] + [(self.step, val)]
+        self.history.append((self.step, val))
         if val is not None and val < best and self.step:
             self.save_as("best.pt", self.state())
 
@@ -1020,7 +1025,7 @@ class Run:
         self.save_as("ckpt.pt", self.state() | {
             "optimizer": [optimizer.state_dict() for optimizer in self.optimizers], "scaler": self.scaler.state_dict(),
             "rng": self.s.seed, "data": {"fingerprint": self.fingerprint, "position": self.step},
-            "seconds": self.seconds(), "history": self.history, "last": self.last}, final)
+            "seconds": self.seconds(), "reserve": self.reserve, "history": self.history, "last": self.last}, final)
 
     def save_as(self, name, state, final=False):
         try:

@@ -23,6 +23,7 @@ C channels, V vocabulary. m, l and acc are the running maximum, sum and output o
 import argparse, collections, ctypes, functools, hashlib, importlib.util, json, math, operator, os  # noqa: E401
 import pathlib, shutil, struct, sysconfig, warnings  # noqa: E401
 
+warnings.filterwarnings('ignore', message='Failed to initialize NumPy')   # torch would like it; nothing here needs it
 import torch
 import torch.nn.functional as F
 
@@ -66,7 +67,8 @@ def missing(impl, device, dtype, D=0, dropout=False):
     """Why kernels of this kind ('triton', 'cuda') cannot run here, or ''. With a head size D: why attention cannot."""
     interpreted, bf16 = impl == 'triton' and INTERPRET, dtype == torch.bfloat16
     arch = capability(device) if device.type == 'cuda' and torch.version.cuda and not interpreted else (99, 0)
-    rules = [(device.type != ('cpu' if interpreted else 'cuda'), f'the device is {device.type}'),
+    rules = [(device.type != ('cpu' if interpreted else 'cuda'),
+              f'the device is {device.type}' + ', and TRITON_INTERPRET=1' * interpreted),
              (not interpreted and not torch.version.cuda, 'nobody has tried these kernels on ROCm')]
     if impl == 'triton':
         rules = [(triton is None, 'Triton is not installed'),
@@ -177,14 +179,14 @@ def launch(kernel, grid, *args, **constants):
     """Launches a Triton kernel on the device of its first argument, which need not be the current device."""
     calls[kernel.__name__] += 1
     with torch.cuda.device_of(args[0]):
-        kernel[grid](*args, **constants)
+        kernel[grid](*args, enable_fp_fusion=True, **constants)   # a * b + c in one instruction: no default any more
 
 
 # --- Softmax: the gentlest kernel
 
 # y_i = exp(x_i - max x) / sum_j exp(x_j - max x) over the last dimension; X and Y are (N, n), one program per row.
-# Replaces five kernels that each read and write the whole matrix (max, subtract, exp, sum, divide) by one that reads it
-# once and writes it once. Memory is slow and arithmetic nearly free, so that is what decides the time.
+# Replaces five kernels that each go over the whole matrix (max, subtract, exp, sum, divide) by one that reads it once
+# and writes it once. Memory is slow and arithmetic nearly free, so that is what decides the time.
 @jit
 def softmax_kernel(X, Y, n, BLOCK: constexpr):
     row = tl.program_id(0).to(tl.int64)              # 64 bits: row * n passes 2^31 on big matrices
@@ -224,7 +226,7 @@ def softmax_forward(x):
 
 def softmax(x):
     """Softmax over the last dimension: by these kernels where they run, for rows that fit into registers."""
-    fits = x.numel() and x.shape[-1] <= 16384 and not missing('triton', x.device, x.dtype)
+    fits = x.dim() and x.numel() and x.shape[-1] <= 16384 and not missing('triton', x.device, x.dtype)
     return softmax_forward(x) if fits else torch.softmax(x, -1)
 
 def softmax_cuda(x):
@@ -279,7 +281,7 @@ def attention_sdpa(q, k, v, causal, dropout_p, scale):
 # the maximum m so far, the sum l of 2^(s - m), and acc, the sum of 2^(s - m) v. A new maximum rescales l and acc.
 # Q, K and V come with any strides. What we make ourselves (O, dQ, dK, dV) lies as (B, T, H, D) in memory, so that the
 # model's transpose and reshape after attention copy nothing. DP is D rounded up to a power of two; the rest is zeros.
-# Decoding walks the same way: SPLITS > 0 programs share the keys of one kv head, each a slice. See below.
+# Decoding walks the same way: if SLICED, H counts slices of the keys, not heads, H / H_kv of each kv head. See below.
 
 @jit
 def whose_block(length, H, SIZE):
@@ -327,13 +329,13 @@ def dropout(x, SEED, head, row, n, TK, dropout_p):
 @jit
 def attention_forward_kernel(Q, K, V, O, L, SEED, LENGTHS, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt, H, H_kv, TQ, TK,
                              scale_log2, dropout_p, D: constexpr, DP: constexpr, BM: constexpr, BN: constexpr,
-                             CAUSAL: constexpr, DROPOUT: constexpr, SPLITS: constexpr):
+                             CAUSAL: constexpr, DROPOUT: constexpr, SLICED: constexpr):
     block, b, h = whose_block(TQ, H, BM)
     block = tl.cdiv(TQ, BM) - 1 - block                           # the last queries see most keys, so they start first
     head, h_kv, h_q, m0 = b * H + h, h // (H // H_kv), h, block * BM
-    if SPLITS:                                                    # H = H_kv * SPLITS: all slices have the same queries
-        h_q, TK = h_kv, tl.load(LENGTHS + b)
-        slice_size, split = tl.cdiv(tl.cdiv(TK, SPLITS), BN) * BN, (h % SPLITS).to(tl.int32)
+    if SLICED:                                                    # of these keys, for the queries of all their slices
+        h_q, TK, slices = h_kv, tl.load(LENGTHS + b), H // H_kv
+        slice_size, i = tl.cdiv(tl.cdiv(TK, slices), BN) * BN, (h % slices).to(tl.int32)
     row = m0 + tl.arange(0, BM)
     q = load_rows(Q + b * sqb + h_q * sqh, sqt, m0, TQ, BM, D, DP)
     m = tl.full([BM], float('-inf'), tl.float32)
@@ -341,8 +343,8 @@ def attention_forward_kernel(Q, K, V, O, L, SEED, LENGTHS, sqb, sqh, sqt, skb, s
     acc = tl.zeros([BM, DP], tl.float32)
     for PHASE in tl.static_range(2):                              # two loops, one text
         start, stop = key_range(block, TQ, TK, PHASE, BM, BN, CAUSAL)
-        if SPLITS:
-            start, stop = tl.maximum(start, split * slice_size), tl.minimum(stop, (split + 1) * slice_size)
+        if SLICED:
+            start, stop = tl.maximum(start, i * slice_size), tl.minimum(stop, (i + 1) * slice_size)
         for n0 in range(start, stop, BN):
             n = n0 + tl.arange(0, BN)
             k = load_rows(K + b * skb + h_kv * skh, skt, n0, TK, BN, D, DP, PHASE == 1)
@@ -361,7 +363,7 @@ def attention_forward_kernel(Q, K, V, O, L, SEED, LENGTHS, sqb, sqh, sqt, skb, s
             v = load_rows(V + b * svb + h_kv * svh, svt, n0, TK, BN, D, DP, PHASE == 1)
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision='ieee')
     # A query without keys gives 0, and L = inf makes its weights 0 in the backward pass; a slice without keys L = -inf.
-    l_safe, nothing = tl.where(l > 0, l, 1.0), float('-inf') if SPLITS else float('inf')
+    l_safe, nothing = tl.where(l > 0, l, 1.0), float('-inf') if SLICED else float('inf')
     tl.store(L + head * TQ + row, tl.where(l > 0, m + tl.log2(l_safe), nothing), mask=row < TQ)
     store_rows(O + (b * TQ * H + h) * D, H * D, m0, TQ, acc / l_safe[:, None], D, DP)
 
@@ -387,7 +389,7 @@ def attention_dq_kernel(Q, K, V, O, DO, DQ, L, DELTA, SEED, sqb, sqh, sqt, skb, 
     o = load_rows(O + ours, H * D, m0, TQ, BM, D, DP)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(DELTA + head * TQ + row, delta, mask=row < TQ)
-    l = tl.load(L + head * TQ + row, mask=row < TQ, other=float('inf'))
+    lse = tl.load(L + head * TQ + row, mask=row < TQ, other=float('inf'))
     dq = tl.zeros([BM, DP], tl.float32)
     for PHASE in tl.static_range(2):
         start, stop = key_range(block, TQ, TK, PHASE, BM, BN, CAUSAL)
@@ -395,7 +397,7 @@ def attention_dq_kernel(Q, K, V, O, DO, DQ, L, DELTA, SEED, sqb, sqh, sqt, skb, 
             n = n0 + tl.arange(0, BN)
             k = load_rows(K + b * skb + h_kv * skh, skt, n0, TK, BN, D, DP, PHASE == 1)
             v = load_rows(V + b * svb + h_kv * svh, svt, n0, TK, BN, D, DP, PHASE == 1)
-            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision='ieee') * scale_log2 - l[:, None])
+            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision='ieee') * scale_log2 - lse[:, None])
             if PHASE == 1:
                 p = tl.where(visible(row[:, None], n[None, :], TQ, TK, CAUSAL), p, 0.0)
             dp = tl.dot(do, tl.trans(v), input_precision='ieee')
@@ -429,10 +431,10 @@ def attention_dkv_kernel(Q, K, V, DO, DK, DV, L, DELTA, SEED, sqb, sqh, sqt, skb
                 row = m0 + tl.arange(0, BM)
                 q = load_rows(Q + b * sqb + h * sqh, sqt, m0, TQ, BM, D, DP)
                 do = load_rows(DO + (b * TQ * H + h) * D, H * D, m0, TQ, BM, D, DP)
-                l = tl.load(L + head * TQ + row, mask=row < TQ, other=float('inf'))
+                lse = tl.load(L + head * TQ + row, mask=row < TQ, other=float('inf'))
                 delta = tl.load(DELTA + head * TQ + row, mask=row < TQ, other=0.0)
                 # All tiles transposed, (BN, BM): P^T and dS^T are then the left operands of their products as they are.
-                pt = tl.exp2(tl.dot(k, tl.trans(q), input_precision='ieee') * scale_log2 - l[None, :])
+                pt = tl.exp2(tl.dot(k, tl.trans(q), input_precision='ieee') * scale_log2 - lse[None, :])
                 if PHASE == 0:
                     pt = tl.where(visible(row[None, :], n[:, None], TQ, TK, True), pt, 0.0)
                 dpt = tl.dot(v, tl.trans(do), input_precision='ieee')
@@ -608,7 +610,7 @@ template <bool BACKWARD, bool KEYS> INLINE void walk(const Attention &A) {     /
             float sum = 0;
             for (int i = (g + r * 8) * LD + t, n = 0; n < D; i += 4, n += 4) sum += to_float(b1[i]) * to_float(b2[i]);
             delta[r] = sum_of_four(sum);
-            l[r] = row < T ? A.L[place] : INF;
+            l[r] = row < T ? A.L[place] : INF;                       // backward: the log2 of the sum, as in L
             if (t == 0 && row < T) A.DELTA[place] = delta[r];
         }
     }
@@ -788,7 +790,7 @@ def attention_forward(q, k, v, seed, causal, dropout_p, scale, impl):
         constants, _, _ = attention_constants(q.device, q.dtype, D, causal, dropout_p > 0)
         seed = q if seed is None else seed                        # without dropout nobody reads it; nor lengths, ever
         launch(attention_forward_kernel, (triton.cdiv(TQ, constants['BM']) * B * H,), q, k, v, o, l, seed, l,
-               *strides(q, k, v), H, k.shape[1], TQ, k.shape[2], scale * LOG2E, dropout_p, SPLITS=0, **constants)
+               *strides(q, k, v), H, k.shape[1], TQ, k.shape[2], scale * LOG2E, dropout_p, SLICED=False, **constants)
     return o, l
 
 def attention(q, k, v, causal=True, dropout_p=0.0, scale=None, impl='auto'):
@@ -815,36 +817,35 @@ def attention(q, k, v, causal=True, dropout_p=0.0, scale=None, impl='auto'):
 
 # o = softmax(q K[:length]^T / sqrt(D)) V[:length] for q (B, H, 1, D), caches (B, H_kv, T_max, D), lengths (B,).
 # One query per head is too little work to fill a GPU. So the G = H / H_kv heads of a group become G queries of one kv
-# head, SPLITS programs of attention_forward_kernel take a slice of its cache each, and the kernel below combines slices
+# head, several programs of attention_forward_kernel take a slice of its cache each, and the kernel below combines them
 # as the online softmax combines tiles ("Flash-Decoding", pytorch.org/blog/flash-decoding). Replaces a mask over the
 # whole cache. The grid depends on shapes alone, and lengths stay on the device: CUDA graphs work.
 @jit
-def decode_combine_kernel(PART, L, O, H_kv, D: constexpr, DP: constexpr, G: constexpr, SPLITS: constexpr,
-                          SP: constexpr):
-    b, h = tl.program_id(0).to(tl.int64), tl.program_id(1)        # PART (B, G, H_kv, SPLITS, D), L (B, H_kv, SPLITS, G)
-    h_kv, g, split, d = h // G, h % G, tl.arange(0, SP), tl.arange(0, DP)
-    l = tl.load(L + ((b * H_kv + h_kv) * SPLITS + split) * G + g, mask=split < SPLITS, other=float('-inf'))
+def decode_combine_kernel(PART, L, O, H_kv, slices, D: constexpr, DP: constexpr, G: constexpr, SP: constexpr):
+    b, h = tl.program_id(0).to(tl.int64), tl.program_id(1)        # PART (B, G, H_kv, slices, D), L (B, H_kv, slices, G)
+    h_kv, g, i, d = h // G, h % G, tl.arange(0, SP), tl.arange(0, DP)
+    l = tl.load(L + ((b * H_kv + h_kv) * slices + i) * G + g, mask=i < slices, other=float('-inf'))
     weight = tl.exp2(l - tl.max(l, 0))                            # 0 for a slice without keys; the first has some
-    part = load_rows(PART + ((b * G + g) * H_kv + h_kv) * SPLITS * D, D, 0, SPLITS, SP, D, DP)
+    part = load_rows(PART + ((b * G + g) * H_kv + h_kv) * slices * D, D, 0, slices, SP, D, DP)
     tl.store(O + (b * H_kv * G + h) * D + d, tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0), mask=d < D)
 
 def decode_constants(D, G):
     return dict(D=D, DP=max(16, triton.next_power_of_2(D)), BM=max(16, triton.next_power_of_2(G)),
-                BN=64 if D <= 64 else 32, CAUSAL=False, DROPOUT=False)
+                BN=64 if D <= 64 else 32, CAUSAL=False, DROPOUT=False, SLICED=True)
 
 @op('(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths) -> Tensor', fake=lambda q, *rest: q.new_empty(q.shape))
 def decode_forward(q, k_cache, v_cache, lengths):
     (B, H, _, D), (_, H_kv, T_max, _) = q.shape, k_cache.shape
-    # Enough slices for two programs per multiprocessor, but none under 128 keys.
+    # Enough slices for two programs per multiprocessor, but none under 128 keys of a full cache.
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
-    splits, G = max(1, min(-(-2 * processors // (B * H_kv)), -(-T_max // 128), 64)), H // H_kv
+    slices, G = max(1, min(-(-2 * processors // (B * H_kv)), -(-T_max // 128), 64)), H // H_kv
     q, k, v = (readable(x, 'triton') for x in (q.reshape(B, H_kv, G, D), k_cache, v_cache))
-    part, l = fake_attention(q.new_empty((B, H_kv * splits, G, D), dtype=torch.float32), k, v)
+    part, l = (q.new_empty(shape, dtype=torch.float32) for shape in ((B, G, H_kv, slices, D), (B, H_kv, slices, G)))
     o, constants = q.new_empty((B, H, 1, D)), decode_constants(D, G)
-    launch(attention_forward_kernel, (B * H_kv * splits,), q, k, v, part, l, q, lengths.contiguous(), *strides(q, k, v),
-           H_kv * splits, H_kv, G, T_max, D ** -0.5 * LOG2E, 0.0, SPLITS=splits, **constants)
-    launch(decode_combine_kernel, (B, H), part, l, o, H_kv, D=D, DP=constants['DP'], G=G, SPLITS=splits,
-           SP=triton.next_power_of_2(splits))
+    launch(attention_forward_kernel, (B * H_kv * slices,), q, k, v, part, l, q, lengths.contiguous(),
+           *strides(q, k, v), H_kv * slices, H_kv, G, T_max, D ** -0.5 * LOG2E, 0.0, **constants)
+    launch(decode_combine_kernel, (B, H), part, l, o, H_kv, slices, D=D, DP=constants['DP'], G=G,
+           SP=triton.next_power_of_2(slices))
     return o
 
 def decode_attention(q, k_cache, v_cache, lengths, impl='auto'):
@@ -882,7 +883,7 @@ def cross_entropy_kernel(Z, TARGETS, LOSS, n, ignore_index, GRAD: constexpr, BLO
     target = tl.load(TARGETS + row)
     valid = target != ignore_index
     i = tl.arange(0, BLOCK)
-    m, l = float('-inf'), 0.0
+    m, l = -3e38, 0.0                                             # not -inf: a block of -inf would give NaN
     for start in range(0, n, BLOCK):
         z = tl.load(Z + start + i, mask=start + i < n, other=float('-inf')).to(tl.float32)
         m_new = tl.maximum(m, tl.max(z, 0))
@@ -999,8 +1000,8 @@ def with_gradients(function, inputs):
     return o, *(torch.autograd.grad(o, inputs, do) if o.requires_grad else ())
 
 def milliseconds(run, device):
-    """The median. On a GPU by Triton's own bench: with an empty cache, and without the time of launches."""
-    if device.type == 'cuda' and triton:
+    """The median. On a GPU by Triton's own bench: it empties the cache first, behind which most of a launch hides."""
+    if device.type == 'cuda' and not missing('triton', device, torch.float32):
         return triton.testing.do_bench(run, return_mode='median')
     from torch.utils import benchmark
     timer = benchmark.Timer('run()', globals={'run': run}, num_threads=torch.get_num_threads())
@@ -1021,10 +1022,10 @@ def measure(device, small, big, ceilings):
     inputs = [x.requires_grad_(learns) for x in inputs]
     run, train = torch.no_grad()(lambda: function(*inputs)), lambda: with_gradients(function, inputs)
     forward, both = milliseconds(run, device), milliseconds(train, device) if learns else None
-    with torch.profiler.profile() as profile:                     # asked which kernel ran, not assumed
-        run()
-    cost = lambda event: event.self_device_time_total if gpu else event.self_cpu_time_total
-    longest, memory = max(profile.key_averages(), key=cost).key, None
+    kind, cost = ('CUDA', 'self_device_time_total') if gpu else ('CPU', 'self_cpu_time_total')
+    with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, kind)]) as profile:
+        run()                                                     # asked which kernel ran, not assumed
+    longest, memory = max(profile.key_averages(), key=operator.attrgetter(cost), default=None), None
     if gpu:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -1033,34 +1034,45 @@ def measure(device, small, big, ceilings):
     rate = work / forward / (1e9 if unit == 'TFLOP/s' else 1e6)
     return dict(row, shape=' '.join(map(str, inputs[name == 'decode_attention'].shape)), forward_ms=forward,
                 backward_ms=both and both - forward, rate=rate, unit=unit, share=rate / ceilings[unit],
-                memory_mb=memory, ran=longest.removeprefix('aten::'))
+                memory_mb=memory, ran=longest and longest.key.removeprefix('aten::'))
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description='Checks kernels.py on this machine and times it.')
     parser.add_argument('--json', metavar='FILE', help='write the table there too')
     args = parser.parse_args(argv)
+    os.environ.setdefault('KINETO_LOG_LEVEL', '6')                # the profiler's own remarks
     gpu = torch.cuda.is_available() and not INTERPRET
     device = torch.device('cuda' if gpu else 'cpu')
-    n, dtype = (8192, torch.float16) if gpu else (512, torch.float32)
+    n, dtype = (16384, torch.float16) if gpu else (512, torch.float32)
     a = torch.randn(2, n, n, device=device).to(dtype)
     ceilings = {'TFLOP/s': 2 * n**3 / milliseconds(lambda: a[0] @ a[1], device) / 1e9,
                 'GB/s': a.nbytes / milliseconds(lambda: a[0].copy_(a[1]), device) / 1e6}
+    del a                                                         # 1 GB, which a small GPU needs below
     where = torch.cuda.get_device_name() if gpu else 'CPU'
-    print(f'{where}, torch {torch.__version__}, triton {triton and triton.__version__}')
-    print('share of matmul {TFLOP/s:.3g} TFLOP/s or copy {GB/s:.3g} GB/s; error against float64; MB beyond inputs'
-          .format(**ceilings))
+    print(f"{where}, torch {torch.__version__}{f', triton {triton.__version__}' if triton else ''}")
+    for impl in ('triton', 'cuda'):
+        if reason := missing(impl, device, torch.float16):
+            print(f'no {impl} kernels here: {reason}')
+    print('error: against float64. share: of the {TFLOP/s:.3g} TFLOP/s of a product of matrices, or of the {GB/s:.3g} '
+          'GB/s of a copy.\nmemory: beyond the inputs. ran: the kernel that took longest'.format(**ceilings))
     keys = 'name impl dtype error shape forward_ms backward_ms rate unit share memory_mb ran'.split()
     line = '{:21}{:7}{:9}{:>8}{:>17}{:>11}{:>12}{:>8} {:8}{:>6}{:>10} {:.40}'.format
     print(line(*keys))
     rows = []
     for small, big in zip(cases(device, False), cases(device, True)):
-        rows.append(row := measure(device, small, big, ceilings))
+        try:
+            row = measure(device, small, big, ceilings)
+        except Exception as error:                                # the others still have something to say
+            row = dict(name=small[0], impl=small[1], ok=False, ran=f'{error!r:.60}')
+        rows.append(row)
         text = (f'{x:.3g}' if isinstance(x, float) else x or '-' for x in map(row.get, keys))
         print(line(*text) + ('' if row['ok'] else '  WRONG'), flush=True)
     if args.json:
         table = dict(device=str(device), ceilings=ceilings, rows=rows)
         pathlib.Path(args.json).write_text(json.dumps(table, indent=1), 'utf-8')
-    return 0 if all(row['ok'] for row in rows) else 1
+    wrong = sum(not row['ok'] for row in rows)
+    print(f'{wrong} of {len(rows)} wrong' if wrong else 'all of them agree with float64')
+    return 1 if wrong else 0
 
 if __name__ == '__main__':
     raise SystemExit(main())
