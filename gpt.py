@@ -5,7 +5,7 @@
 # SPDX-License-Identifier: MIT
 """A GPT in one file: tokenizer, model, training and sampling, to be read from top to bottom and then changed.
 
-    python gpt.py train                      learn input.txt, a play, in about three minutes on a laptop's CPU
+    python gpt.py train                      learn input.txt, a play, in about three minutes on two CPU cores
     python gpt.py sample                     write more of it
     python gpt.py inspect                    write a page that shows how it learnt
     python gpt.py train --data my.txt        learn something else (files, folders, globs, addresses)
@@ -122,7 +122,7 @@ class Training(Machine):
     arch: str = setting("qwen3", "architecture", choices="bigram gpt2 llama qwen3")
     tokenizer: str = setting("char", "bpe is trained on the data", choices="char bpe gpt2")
     steps: int = setting(None, "steps of the whole run (default: the size's)", 1)
-    minutes: float = setting(None, "or: minutes of the whole run, from the start of the command to its end")
+    minutes: float = setting(None, "instead of --steps: minutes of the run, from the start of the command to its end")
     batch_size: int = setting(16, "sequences per forward pass and process", 1)
     accum: int = setting(1, "forward passes per step and process", 1)
     lr: float = setting(3e-3, "AdamW's peak learning rate; Muon's is 10 times that; a tenth with --init")
@@ -248,7 +248,8 @@ class CharTokenizer(Tokenizer):
         """Ids of a text as an int32 tensor (T,); a character that is not in the vocabulary is an Error."""
         ids = self.table.index_select(0, self.code_points(text).clamp_(max=len(self.table) - 1))
         if len(ids) and ids.min() < 0:
-            raise Error(f"the text has characters that this model has never seen: {self.unknown(text)}")
+            raise Error(f"the text has characters that this model has never seen: {self.unknown(text)} (a model "
+                        "trained with --tokenizer bpe reads any text)")
         return ids
 
     def encode_batch(self, texts):
@@ -1513,7 +1514,7 @@ def load_run(folder, *names):
     """The first of a folder's checkpoints that can be read; a line for each that cannot."""
     present = [folder / name for name in names or ("best.pt", "ckpt.pt", "ckpt.prev.pt") if (folder / name).exists()]
     if not present:
-        raise Error(f"{folder}: no run to be found in this folder; `python gpt.py train` makes one")
+        raise Error(f"{folder}: no run to be found in this folder; `python gpt.py train --out {folder}` makes one")
     for path in present:
         try:
             return read_checkpoint(path)
@@ -2269,7 +2270,8 @@ class Export(Source):
     folder: str = setting("", "folder to write, new or empty")
 
 def export(**given):
-    """Write a folder from which transformers loads the same model and tokenizer."""
+    """Write a folder from which transformers loads the same model and tokenizer. Keyword arguments are `folder` and the
+    flags of `export`."""
     s = Export(**check(given, Export))
     folder = Path(s.folder)
     if not s.folder or os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
@@ -2349,7 +2351,8 @@ def parse(argv):
             elif f.type is bool:
                 sub.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, **about)
             else:
-                metavar = "|".join(f.metadata["choices"] or [{list: "DATA", str: "TEXT", int: "N", float: "X"}[f.type]])
+                kinds = {list: "NAME=VALUES" if f.name == "vary" else "DATA", str: "TEXT", int: "N", float: "X"}
+                metavar = "|".join(f.metadata["choices"] or [kinds[f.type]])
                 several = {"nargs": "+", "action": "extend" if f.name == "vary" else "store"} if f.type is list else {}
                 sub.add_argument(flag(f.name), metavar=metavar, **several, **about)
     argv = [re.sub("_", "-", a.split("=")[0]) + a[len(a.split("=")[0]):] if a.startswith("--") else a for a in argv]
