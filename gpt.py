@@ -60,6 +60,9 @@ class Error(ValueError):
         super().__init__(line)
         self.code = code
 
+    def _render_traceback_(self):  # what IPython shows of it
+        return [f"gpt.Error: {self}"]
+
 def setting(default, help, low=0.0, choices=None):
     """A field with its default, its meaning, and the smallest number or the only words it may be."""
     return field(default=default, metadata={"help": help, "low": low, "choices": choices.split() if choices else None})
@@ -1040,11 +1043,10 @@ class Run:
         if self.world > 1:  # nobody leaves before the first process has saved
             self.model = self.raw
             dist.barrier()
-        where = "" if str(self.out) == "out" else f" --out {shlex.quote(str(self.out))}"
         if self.rank == 0 and self.signal:
-            notice(f"stopped at step {self.step} and saved; to go on: python gpt.py train --resume{where}")
+            notice(f"stopped at step {self.step} and saved; to go on: {command('train', resume=True, out=self.out)}")
         elif self.rank == 0:
-            say(f"done in {self.seconds():.0f} seconds; now: python gpt.py sample{where}")
+            say(f"done in {self.seconds():.0f} seconds; now: {command('sample', out=self.out)}")
         return {"step": self.step, **self.last, "val_loss": self.history[-1][1] if self.history else None,
                 "seconds": self.seconds(), "signal": self.signal}
 
@@ -1514,7 +1516,7 @@ def load_run(folder, *names):
     """The first of a folder's checkpoints that can be read; a line for each that cannot."""
     present = [folder / name for name in names or ("best.pt", "ckpt.pt", "ckpt.prev.pt") if (folder / name).exists()]
     if not present:
-        raise Error(f"{folder}: no run to be found in this folder; `python gpt.py train --out {folder}` makes one")
+        raise Error(f"{folder}: no run to be found in this folder; this makes one: {command('train', out=folder)}")
     for path in present:
         try:
             return read_checkpoint(path)
@@ -1776,7 +1778,7 @@ def inspect(**given):
     say(out / "inspect.html")
     if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
         from IPython.display import HTML, display
-        display(HTML(f'<iframe srcdoc="{html.escape(page)}" width="100%" height="900"></iframe>'))
+        display(HTML(f'<div><iframe srcdoc="{html.escape(page)}" width="100%" height="900"></iframe></div>'))
     return out / "inspect.html"
 
 @dataclass
@@ -2312,6 +2314,14 @@ def load_model(source, device="cpu"):
     else:
         model, tokenizer = from_checkpoint(load_run(path) if path.is_dir() else read_checkpoint(path), source)
     return model.to(device), tokenizer
+
+def command(name, **given):
+    """A command as one writes it here, in a shell or, if that is where we are, in a notebook."""
+    given = {key: value if value is True else str(value) for key, value in given.items() if str(value) != Source.out}
+    if not hasattr(sys.modules["__main__"], "__file__"):
+        return f"{name}({', '.join(f'{key}={value!r}' for key, value in given.items())})"
+    words = [flag(key) + (f" {shlex.quote(value)}" if value is not True else "") for key, value in given.items()]
+    return " ".join(["python gpt.py", name, *words])
 
 def first_line(e):
     """What an exception says, in one short line."""

@@ -1542,7 +1542,14 @@ def test_pasted_into_a_notebook_it_says_what_to_call_and_works(monkeypatch, caps
     with pytest.raises(module.Error, match="tinyshakespeare.*no network"):
         module.train(steps=20, device="cpu")
     Path("input.txt").write_text(TEXT)
-    assert module.train(steps=3, device="cpu", n_embd=16, n_head=2)["step"] == 3 and len(module.sample(tokens=50)[0]) == 50
+    with pytest.raises(module.Error, match=r"train\(out='cell'\)") as refused:
+        module.sample(out="cell")
+    assert refused.value._render_traceback_() == [f"gpt.Error: {refused.value}"]  # IPython shows this line alone
+    small = dict(device="cpu", n_embd=16, n_head=2)
+    assert module.train(steps=3, **small)["step"] == 3 and len(module.sample(tokens=50)[0]) == 50
+    module.train(steps=1, out="cell", **small)
+    out = capsys.readouterr().out
+    assert "now: sample()" in out and "now: sample(out='cell')" in out
 
 def test_the_readme_commands_run(capsys, monkeypatch):
     """Every gpt.py command of the README, made short; its flags and files must exist."""
