@@ -686,13 +686,12 @@ def cuda_image(arch):
         return path.read_bytes()
     from cuda.bindings import nvrtc
     program = checked(nvrtc.nvrtcCreateProgram(CUDA_SOURCE.encode(), b'kernels.cu', 0, [], []))
-    if int(nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]):
-        log = b' ' * checked(nvrtc.nvrtcGetProgramLogSize(program))
-        checked(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError('CUDA C++ kernels do not compile:\n' + log.decode())
-    kind = 'PTX' if arch.startswith('compute') else 'CUBIN'
-    image = b' ' * checked(getattr(nvrtc, f'nvrtcGet{kind}Size')(program))
-    checked(getattr(nvrtc, f'nvrtcGet{kind}')(program, image))
+    failed, = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    name = 'ProgramLog' if int(failed) else 'PTX' if arch.startswith('compute') else 'CUBIN'
+    image = b' ' * checked(getattr(nvrtc, f'nvrtcGet{name}Size')(program))
+    checked(getattr(nvrtc, f'nvrtcGet{name}')(program, image))
+    if int(failed):
+        raise RuntimeError('CUDA C++ kernels do not compile:\n' + image.decode())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f'.{os.getpid()}')
@@ -877,9 +876,9 @@ SLICE = 2**24                        # logits in a slice (64 MB in fp32). Fewer 
 
 # One program per row. First pass: online softmax over the row. Second: the logits become their gradient.
 @jit
-def cross_entropy_kernel(Z, TARGETS, LOSS, n, ignore_index, GRAD: constexpr, BLOCK: constexpr):
+def cross_entropy_kernel(Z, TARGETS, LOSS, stride, n, ignore_index, GRAD: constexpr, BLOCK: constexpr):
     row = tl.program_id(0).to(tl.int64)
-    Z += row * n
+    Z += row * stride
     target = tl.load(TARGETS + row)
     valid = target != ignore_index
     i = tl.arange(0, BLOCK)
@@ -904,7 +903,7 @@ def cross_entropy_rows(z, targets, ignore_index, grad):
     """(loss per row, gradient of its sum): logits z (n, V); z's memory is used up. Rows without a target give 0."""
     if not missing('triton', z.device, z.dtype):
         loss = torch.empty(len(z), dtype=torch.float32, device=z.device)
-        launch(cross_entropy_kernel, (len(z),), z, targets, loss, z.shape[1], ignore_index, GRAD=grad,
+        launch(cross_entropy_kernel, (len(z),), z, targets, loss, z.stride(0), z.shape[1], ignore_index, GRAD=grad,
                BLOCK=min(4096, triton.next_power_of_2(z.shape[1])), num_warps=8)
         return loss, z
     valid, wide = targets != ignore_index, z.float() if z.dtype in HALF else z
@@ -933,11 +932,15 @@ def grad_loss(ctx, g, *rest):
 def linear_cross_entropy_forward(x, weight, targets, ignore_index, grad):
     """(loss, number of valid targets, dx, dW); the gradients are those of the sum of losses, not yet of their mean."""
     loss, valid, dx, dw = (t.zero_() for t in fake_loss(x, weight, targets, ignore_index, grad))
-    # A GPU needs taller matrices to be busy; in more rows than 4,096 a 16-bit sum for dW might overflow.
-    rows = max(1, min(4096, SLICE * (4 if x.is_cuda else 1) // len(weight)))
+    # A GPU needs taller matrices to be busy; in more rows than 4,096 a 16-bit sum for dW might overflow. Products and
+    # loads are fastest on rows that begin at multiples of 16 bytes, which those of 50,257 logits would not; on MPS,
+    # products into such a view have been wrong (github.com/pytorch/pytorch/issues/104832).
+    V, rows = len(weight), max(1, min(len(x), 4096, SLICE * (4 if x.is_cuda else 1) // len(weight)))
+    logits = x.new_empty(rows, V if x.device.type == 'mps' else -(-V // 64) * 64)[:, :V]
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
-        losses, dz = cross_entropy_rows(x[part] @ weight.T, targets[part].contiguous(), ignore_index, grad)
+        z = torch.mm(x[part], weight.T, out=logits[:len(x[part])])
+        losses, dz = cross_entropy_rows(z, targets[part].contiguous(), ignore_index, grad)
         loss += losses.sum()
         if grad:
             torch.mm(dz, weight, out=dx[part])
@@ -945,7 +948,6 @@ def linear_cross_entropy_forward(x, weight, targets, ignore_index, grad):
                 dw.addmm_(dz.T, x[part])
             else:
                 dw += dz.T @ x[part]                              # a 16-bit product, summed over the slices in fp32
-        del dz                                                    # before the next slice, not after
     valid += (targets != ignore_index).sum()
     return loss / valid, valid, dx, dw                            # no valid target: 0 / 0, NaN like PyTorch's
 

@@ -2007,7 +2007,7 @@ def compile_triton(kernel, capability, dtype, num_warps=4, num_stages=2, **const
     def type_of(name):
         if name in constants:
             return 'constexpr'
-        if name in INTEGERS or re.fullmatch('s[qkv][bht]', name):
+        if name in INTEGERS or re.fullmatch('s[qkv][bht]|stride', name):
             return 'i32'
         return 'fp32' if name in SCALES else POINTERS.get(name, '*' + dtype)
     signature = {name: type_of(name) for name in kernel.arg_names}
@@ -2337,6 +2337,11 @@ def test_triton_loss_rows_agree_with_pytorch():
     for target, nan in ((299, False), (300, True), (-2, True)):   # out of range: nothing is read there, and it shows
         loss, _ = kernels.cross_entropy_rows(torch.zeros(1, 300), torch.tensor([target]), -1, False)
         assert loss.isnan().item() == nan
+    wide = torch.randn(2, 320)                                    # rows of 300 that begin at multiples of 64
+    narrow, beyond, targets = wide[:, :300].clone(), wide[:, 300:].clone(), torch.tensor([3, -1])
+    for a, b in zip(*(kernels.cross_entropy_rows(z, targets, -1, True) for z in (wide[:, :300], narrow))):
+        assert torch.equal(a, b)
+    assert torch.equal(wide[:, 300:], beyond)
     print('cross-entropy rows agree;', dict(kernels.calls))
 
 def test_loss_under_autocast_no_grad_and_compile(kernels, monkeypatch):
