@@ -817,7 +817,7 @@ class Run:
             for name in ("best.pt", "ckpt.pt", "ckpt.prev.pt") if not checkpoint else ():
                 (self.out / name).unlink(missing_ok=True)
             for name in ("log.jsonl", "probe.jsonl"):
-                keep_lines(self.out / name, self.step + self.seen())
+                keep_lines(self.out / name, self.step + self.evaluated())
         self.progress = max(0, self.step - 1) / self.s.steps if self.s.steps else 0.0
         self.begun, self.logged = (self.progress, time.monotonic()), (self.step, 0.0)
 
@@ -882,7 +882,7 @@ class Run:
         times = 10 if self.s.steps else min(10, 1 + int(4 * self.s.minutes))  # a short run has no time for more
         while True:
             before, (self.progress, stop) = self.progress, self.agree()
-            done, seen = self.progress >= 1, self.seen()
+            done, seen = self.progress >= 1, self.evaluated()  # seen: before it was resumed here
             def due(every, times):  # every so many steps, or else so many times in a run
                 return self.step % every == 0 if every else int(before * times) < int(self.progress * times)
             evaluating = not (stop or seen) and (done or self.step == 0 or due(self.s.eval_every, times))
@@ -891,7 +891,7 @@ class Run:
                 if evaluating:
                     self.evaluate()
                 if evaluating or due(None, 500) and not seen:
-                    self.log(evaluating)
+                    self.log()
                 early = self.step & (self.step - 1) == 0  # 1, 2, 4, 8, ...
                 if on_eval and not (stop or seen) and (evaluating or early or due(None, 2 * times)):
                     on_eval(self)
@@ -919,9 +919,9 @@ class Run:
             return progress, int(signal)
         return progress, self.signal
 
-    def seen(self):
-        """Whether the run had come this far, and been evaluated here, before it was resumed."""
-        return self.history[-1:] != [] and self.history[-1][0] == self.step
+    def evaluated(self):
+        """Whether the model has been evaluated as it is after this step."""
+        return bool(self.history) and self.history[-1][0] == self.step
 
     def seconds(self):
         return self.seconds_before + time.monotonic() - self.started
@@ -1001,8 +1001,9 @@ class Run:
         if val is not None and val < best and self.step:
             self.save_as("best.pt", self.state())
 
-    def log(self, evaluated):
+    def log(self):
         """A line of log.jsonl for programs, and one of progress for people."""
+        evaluated = self.evaluated()
         per_step, (logged, busy) = self.s.batch_size * self.s.accum * self.world * self.T, self.logged
         speed = round((self.step - logged) * per_step / (self.busy - busy)) if self.step > logged else None
         self.logged = self.step, self.busy
@@ -1531,7 +1532,7 @@ def from_checkpoint(checkpoint, name):
         model.load_state_dict(checkpoint["model"])
         return model.eval(), tokenizer_from(checkpoint["tokenizer"])
     except (KeyError, TypeError, AttributeError, RuntimeError) as e:
-        raise Error(f"{name}: a checkpoint whose parts do not fit together ({str(e).splitlines()[0]})") from None
+        raise Error(f"{name}: a checkpoint whose parts do not fit together ({first_line(e)})") from None
 
 def need_tokenizer(tokenizer, name):
     if tokenizer is None:
@@ -1687,7 +1688,7 @@ def watch(run):
     line = {"step": run.step, **observe(model, tokenizer, idx)}
     with contextlib.suppress(Error), precision(run.device, run.dtype):  # training sees to logits that are not finite
         line["greedy"] = tokenizer.decode(idx[:8]) + write(idx[None, :8], 12, 0)[0]
-        if run.history[-1][0] == run.step:  # an evaluation
+        if run.evaluated():
             line["samples"] = texts = write(first_token(tokenizer).to(run.device).expand(3, 1), 80, 0.8)
             line["longest"] = [max(longest_run(text, source) for text in texts) for source in seen["texts"]]
             line["share"] = [sum(sum(recited(text, source, 50)) for text in texts) / max(1, sum(map(len, texts)))

@@ -72,7 +72,8 @@ def missing(impl, device, dtype, D=0, dropout=False):
              (not interpreted and not torch.version.cuda, 'nobody has tried these kernels on ROCm')]
     if impl == 'triton':
         rules = [(triton is None, 'Triton is not installed'),
-                 (dtype not in FLOATS or D > 128, 'the Triton kernels are written for fp16, bf16, fp32 and D <= 128'),
+                 (dtype not in FLOATS or D > 128, 'the Triton kernels are written for fp16, bf16, fp32 and D <= 128, '
+                  f'not for {str(dtype)[6:]}' + f' and D = {D}' * bool(D)),
                  *rules,
                  (arch < ((8, 0) if D or bf16 else (7, 5)), 'below capability 8.0 Triton emits no tensor-core '
                   'instructions and no bf16; below 7.5 nobody tried'),
@@ -458,9 +459,12 @@ TILES = {64: ((128, 64, 4, 3), (128, 32, 8, 2), (32, 128, 8, 2)),
          'float32': ((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),   # full-precision products, without tensor cores
          'interpreter': ((64, 64, 4, 1),) * 3}                     # big: the interpreter pays per program and step
 
+def padded(n):
+    return max(triton.next_power_of_2(n), 16)                     # what tl.dot can multiply
+
 def attention_constants(device, dtype, D, causal, dropout):
     """The compile-time arguments of the three kernels: forward, dQ, dK/dV."""
-    DP = max(triton.next_power_of_2(D), 16)
+    DP = padded(D)
     tiles = TILES['interpreter' if device.type == 'cpu' else 'float32' if dtype == torch.float32 else max(DP, 64)]
     if device.type == 'cuda' and dtype in HALF and capability(device) == (9, 0):
         tiles = TILES['Hopper'], *tiles[1:]
@@ -824,13 +828,13 @@ def decode_combine_kernel(PART, L, O, H_kv, slices, D: constexpr, DP: constexpr,
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1)        # PART (B, G, H_kv, slices, D), L (B, H_kv, slices, G)
     h_kv, g, i, d = h // G, h % G, tl.arange(0, SP), tl.arange(0, DP)
     l = tl.load(L + ((b * H_kv + h_kv) * slices + i) * G + g, mask=i < slices, other=float('-inf'))
-    weight = tl.exp2(l - tl.max(l, 0))                            # 0 for a slice without keys; the first has some
+    weight = tl.exp2(l - tl.maximum(tl.max(l, 0), -3e38))         # 0 for a slice without keys
     part = load_rows(PART + ((b * G + g) * H_kv + h_kv) * slices * D, D, 0, slices, SP, D, DP)
-    tl.store(O + (b * H_kv * G + h) * D + d, tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0), mask=d < D)
+    total = tl.maximum(tl.sum(weight, 0), 1.0)                    # the largest weight is 1; a cache of length 0 gives 0
+    tl.store(O + (b * H_kv * G + h) * D + d, tl.sum(part * weight[:, None], 0) / total, mask=d < D)
 
 def decode_constants(D, G):
-    return dict(D=D, DP=max(16, triton.next_power_of_2(D)), BM=max(16, triton.next_power_of_2(G)),
-                BN=64 if D <= 64 else 32, CAUSAL=False, DROPOUT=False, SLICED=True)
+    return dict(D=D, DP=padded(D), BM=padded(G), BN=64 if D <= 64 else 32, CAUSAL=False, DROPOUT=False, SLICED=True)
 
 @op('(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths) -> Tensor', fake=lambda q, *rest: q.new_empty(q.shape))
 def decode_forward(q, k_cache, v_cache, lengths):
@@ -981,9 +985,9 @@ def cases(device, big):
                        2 * B * H * T * T * D, 'TFLOP/s')
     for impl in runs(dtype):
         dtype = torch.float16 if impl == 'cuda' else dtypes[-1]
-        function = dict(triton=softmax, cuda=softmax_cuda, sdpa=lambda x: torch.softmax(x, -1))[impl]
-        x = make(*((16384, 4096) if large else (300, 1000)))
-        yield 'softmax', impl, function, lambda x: torch.softmax(x, -1), [x], 2 * x.nbytes, 'GB/s'
+        x, formula = make(*((16384, 4096) if large else (300, 1000))), lambda x: torch.softmax(x, -1)
+        function = dict(triton=softmax, cuda=softmax_cuda, sdpa=formula)[impl]
+        yield 'softmax', impl, function, formula, [x], 2 * x.nbytes, 'GB/s'
     B, H, T = (32, 12, 1024) if large else (2, 2, 300)
     decode = functools.partial(decode_attention, lengths=torch.full((B,), T, dtype=torch.int32, device=device))
     for impl in [impl for impl in runs(dtype, 64) if impl != 'cuda']:

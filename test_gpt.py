@@ -1796,7 +1796,7 @@ def test_triton_decode_and_softmax_agree_with_float64():
     kernels = load_kernels()
     single, half = torch.float32, torch.float16
     for H, H_kv, D, T_max, lengths, dtype in ((4, 4, 64, 300, (1, 300), single), (6, 2, 48, 700, (129, 640), single),
-                                              (8, 1, 128, 260, (1, 257), half), (2, 2, 16, 5, (5, 3), half)):
+                                              (8, 1, 128, 260, (0, 257), half), (2, 2, 16, 5, (5, 3), half)):
         check_decode(kernels, 'triton', H, H_kv, D, T_max, lengths, dtype)
     for n, dtype in ((1, single), (77, single), (3000, half), (300, torch.bfloat16)):
         check_softmax(kernels, n, dtype)
@@ -2276,7 +2276,7 @@ def test_rules(monkeypatch):
         with pytest.raises(ValueError, match=reason):
             pretend(load_kernels(), monkeypatch, capability, **present)(**request)
     for capability, dtype, reason in (((7, 5), half, ''), ((7, 5), bf16, 'no bf16'), ((8, 0), bf16, ''),
-                                      ((7, 0), half, '7.5'), ((8, 0), torch.float64, 'fp32')):
+                                      ((7, 0), half, '7.5'), ((8, 0), torch.float64, 'float64')):
         kernels = load_kernels()                                  # softmax and the loss: no tensor cores, no head size
         pretend(kernels, monkeypatch, capability)
         assert reason in (why := kernels.missing('triton', torch.device('cuda'), dtype)) and bool(reason) == bool(why)
