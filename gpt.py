@@ -3,59 +3,57 @@
 # dependencies = ["torch>=2.6", "tiktoken"]
 # ///
 # SPDX-License-Identifier: MIT
-"""A GPT in one file: tokenizer, model, training and sampling, to be read from top to bottom and then changed.
+"""A GPT in one file: tokenizer, model, training and sampling, to be read from top to bottom.
 
-    python gpt.py train                      learn input.txt, a play, in about three minutes on two CPU cores
-    python gpt.py sample                     write more of it
-    python gpt.py inspect                    write a page that shows how it learnt
-    python gpt.py train --data my.txt        learn something else (files, folders, globs, addresses)
-    python gpt.py train --help               every setting; `sample`, `eval`, `ablate`, `export` have theirs
+    python gpt.py train                  learn input.txt, a play, in three minutes on two cores
+    python gpt.py sample                 write more of it
+    python gpt.py inspect                write a page that shows how it learnt
+    python gpt.py train --data my.txt    learn something else
+    python gpt.py train --help           every setting; `sample`, `eval`, ... have theirs
 
-The default model differs from GPT-2 in what has proved itself since; `--arch gpt2 --optimizer adamw` is the original:
+What the default model does otherwise than GPT-2 (`--arch gpt2 --optimizer adamw`):
   - positions rotate the queries and keys (RoPE) instead of being added to the embedding
   - RMSNorm instead of LayerNorm; queries and keys are normalised too; no biases
   - the MLP is gated (SwiGLU) instead of a GELU
-  - keys and values may have fewer heads than queries (GQA)
+  - keys and values have half as many heads as queries (GQA)
   - the head has weights of its own, and starts, like every block's output, at zero
-  - hidden matrices are trained by Muon, everything else by AdamW
+  - the blocks' matrices are trained by Muon, everything else by AdamW
 
-The GPT:          Settings, Tokenizers, Model, Data, Training, Sampling. Here a reader may stop.
-What is under it: Text into tokens, Checkpoints. Around it: Looking inside, Weights in and out, Command line.
+Settings, Tokenizers, Model, Data, Training and Sampling are the GPT: a reader may stop there.
+Around it: Checkpoints, Looking inside, Weights in and out, Command line.
 """
 import time
-LOADED = time.monotonic()  # `--minutes` counts from here, so that the seconds it takes to load torch are included
-import argparse, atexit, base64, codecs, contextlib, ctypes, difflib, functools, glob, gzip, hashlib, html, io
-import itertools, json, math, os, re, shlex, shutil, signal, sys, tempfile, threading, unicodedata, warnings, zipfile
-import zlib
-from array import array
-from collections import Counter, defaultdict
+STARTED = time.monotonic()  # `--minutes` counts from here: loading torch is included
+import argparse, codecs, contextlib, ctypes, difflib, functools, glob, hashlib, html
+import io, itertools, json, math, os, re, shlex, signal, sys, tempfile, threading, uuid
+import warnings, zipfile
+from collections import Counter, defaultdict, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from heapq import heappop, heappush
-from itertools import groupby
-from operator import itemgetter
+from inspect import Parameter, Signature
 from pathlib import Path
 
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch would like it; nothing here needs it
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # nothing here needs it
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-try:  # the fused kernels beside this file; every one of them has a plain equivalent
+try:  # the fused kernels beside this file; Hugging Face has a package of the same name
     import kernels
-    NO_KERNELS = "" if hasattr(kernels, "GPT_KERNELS") else "kernels.py is not here"  # Hugging Face has a `kernels` too
-except Exception as e:
-    NO_KERNELS = "kernels.py is not here" if isinstance(e, ImportError) else f"kernels.py fails: {e!r}"
+    NO_KERNELS = "" if hasattr(kernels, "GPT_KERNELS") else "kernels.py is not here"
+except Exception as e:  # a broken driver or compiler may fail in any way
+    NO_KERNELS = f"no kernels.py: {e!r:.99}"
 
-# Shapes, everywhere: B batch, T time (tokens), C channels (n_embd), H heads, D head size, V vocabulary.
+# Shapes: B batch, T time (tokens), C channels (n_embd), H heads, D head size, V vocabulary.
 
-# --- Settings --------------------------------------------------------------------------------------------------------
-# Each is declared once, here. The command line, its help and its checks are generated from these fields.
+# --- Settings ------------------------------------------------------------------------------------
+# Each is declared once, here. The command line, its help and its checks come from these fields.
 
 class Error(ValueError):
-    """A request that cannot be met (exit code 2), or a run that cannot go on (1): one line that says what to do."""
+    """One line for the user: a request that cannot be met (code 2), a run that cannot go on (1)."""
     def __init__(self, line, code=2):
         super().__init__(line)
         self.code = code
@@ -63,478 +61,538 @@ class Error(ValueError):
     def _render_traceback_(self):  # what IPython shows of it
         return [f"gpt.Error: {self}"]
 
-def setting(default, help, low=0.0, choices=None):
-    """A field with its default, its meaning, and the smallest number or the only words it may be."""
-    return field(default=default, metadata={"help": help, "low": low, "choices": choices.split() if choices else None})
+def quote(value):
+    """What was given, as a message quotes it: at most 100 characters."""
+    return repr(value) if len(repr(value)) <= 100 else repr(value)[:97] + "..."
+
+def setting(default, help, low=0, high=math.inf, choices=""):
+    """A field with its default, its meaning, and the numbers or the words that it may be."""
+    rules = {"help": help, "low": low, "high": high, "choices": choices.split()}
+    return field(default=default, metadata=rules)
+
+def checked(f, value):
+    """The value given to a field, converted to the field's type, or an Error."""
+    kind, low, high = f.type, f.metadata["low"], f.metadata["high"]
+    choices = f.metadata["choices"]
+    value = str(value) if isinstance(value, os.PathLike) else value
+    if value is None and f.default is None:
+        return None
+    if kind is list and isinstance(value, (str, list, tuple)):
+        return [value] if isinstance(value, str) else [str(v) for v in value]
+    if kind is str and isinstance(value, str) and (not choices or value in choices):
+        return value
+    if kind is bool and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    if kind in (int, float) and isinstance(value, (int, float, str)):
+        with contextlib.suppress(ValueError, OverflowError):
+            number = kind(value)
+            if low <= number <= high and number < math.inf and number in (value, kind(str(value))):
+                return number
+    wanted = {list: "a text or a list of texts", str: "a text", bool: "true or false",
+              int: "a whole number", float: "a number"}[kind]
+    if kind in (int, float):
+        wanted += f" of at least {low}" + (f" and at most {high}" if high < math.inf else "")
+    wanted = f"one of {', '.join(choices)}" if choices else wanted
+    raise Error(f"{f.name} is {wanted}; not {quote(value)}")
+
+class Settings:
+    """What the classes below have in common: their fields are checked when one is made."""
+    def __post_init__(self):
+        for f in fields(self):
+            setattr(self, f.name, checked(f, getattr(self, f.name)))
+
+    @classmethod
+    def check(cls, given):
+        """The values in a dict, each converted and checked by the field of its name."""
+        known = {f.name: f for f in fields(cls)}
+        for name in given.keys() - known.keys():
+            close = ["steps"] if name == "epochs" else difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise Error(f"there is no setting {quote(name)}{hint}")
+        return {name: checked(known[name], value) for name, value in given.items()}
+
+    @classmethod
+    def pick(cls, settings):
+        """One made from those items of a larger dict that this class knows."""
+        return cls(**{f.name: settings[f.name] for f in fields(cls) if f.name in settings})
+
+    @classmethod
+    def from_given(cls, given):
+        """One made from what a command was given."""
+        return cls(**given)
+
+COMMANDS = {}  # name -> function
+
+def command(settings, name=None):
+    """Make a function of a `settings` a command of the shell, and a function of its fields."""
+    known = {f.name: f for f in fields(settings)}
+    names = list(dict.fromkeys([*settings.__annotations__, *known]))  # its own come first
+
+    def decorate(function):
+        @functools.wraps(function)
+        def call(*args, **given):
+            given = call.__signature__.bind(*args).arguments | given
+            try:
+                return function(settings.from_given(settings.check(given)))
+            except (MemoryError, RuntimeError) as e:
+                if isinstance(e, torch.OutOfMemoryError) or "memory" in str(e) + repr(e).lower():
+                    raise Error("out of memory: try a smaller batch_size (with a larger accum), "
+                                "checkpoint_activations, a smaller block_size or size", 1) from None
+                raise
+
+        call.__signature__ = Signature([
+            Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=known[name].default)
+            for name in names])
+        call.settings = settings
+        COMMANDS[name or function.__name__] = call
+        return call
+    return decorate
 
 @dataclass
-class Config:
-    """The shape of a model. It is stored in every checkpoint; `GPT(Config(vocab_size=65))` is a model."""
-    vocab_size: int = setting(0, "tokens in the vocabulary (0: the tokenizer's; asks `bpe` for this many, 0: 1024)")
-    block_size: int = setting(128, "context: the tokens a prediction can see", 1)
-    n_layer: int = setting(4, "blocks of attention and MLP; 0 is the bigram table")
+class Config(Settings):
+    """The shape of the model. `GPT(Config(vocab_size=65))` is a model."""
+    vocab_size: int = setting(0, "tokens in the vocabulary (0: the tokenizer's; bpe: 1024)")
+    block_size: int = setting(128, "context: the tokens that a prediction can see", 1)
+    n_layer: int = setting(4, "blocks of attention and MLP; 0 is the bigram table", high=1000)
     n_head: int = setting(4, "attention heads", 1)
-    n_kv_head: int = setting(0, "heads of the keys and values (0: n_head; llama and qwen3, if not given: half of it)")
+    n_kv_head: int = setting(0, "heads of keys and values (0: n_head; llama, qwen3: half of it)")
     head_dim: int = setting(0, "channels of a head (0: n_embd / n_head)")
-    n_embd: int = setting(128, "channels of the residual stream", 1)
-    mlp_hidden: int = setting(0, "hidden channels of the MLP (0: 4 n_embd; swiglu 8/3 n_embd, a multiple of 32)")
+    n_embd: int = setting(128, "channels of the residual stream", 1, 1 << 16)
+    mlp_hidden: int = setting(0, "channels of the MLP (0: 4 n_embd; swiglu: 8/3 n_embd)")
     pos: str = setting("rope", "how positions enter", choices="learned rope none")
     norm: str = setting("rms", "LayerNorm or RMSNorm", choices="layer rms")
-    mlp: str = setting("swiglu", "the MLP: relu2 is squared, swiglu gated", choices="gelu relu relu2 swiglu")
-    qk_norm: bool = setting(True, "RMSNorm on queries and keys, before they are rotated")
+    mlp: str = setting("swiglu", "relu2 is squared, swiglu gated", choices="gelu relu relu2 swiglu")
+    qk_norm: bool = setting(True, "RMSNorm on queries and keys, so that no score grows too large")
     bias: bool = setting(False, "biases in linear layers and LayerNorm")
     tie: bool = setting(False, "the head shares the embedding's weights")
-    rope_theta: float = setting(10000.0, "RoPE: wavelengths go from 2 pi up to almost 2 pi times this, in tokens", 1.0)
+    rope_theta: float = setting(10000.0, "RoPE: the longest wavelength is 2 pi times this", 1)
     norm_eps: float = setting(1e-6, "added to the mean square inside norms")
-    dropout: float = setting(0.0, "share of activations zeroed in training")
+    dropout: float = setting(0.0, "share of what blocks add that training zeroes", high=0.99)
 
     def __post_init__(self):
-        head_dim_given, self.head_dim = self.head_dim, self.head_dim or self.n_embd // self.n_head
+        super().__post_init__()
+        if not self.head_dim and self.n_embd % self.n_head:
+            raise Error(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.n_kv_head = self.n_kv_head or self.n_head
-        gated = math.ceil(self.n_embd * 8 / 3 / 32) * 32  # three matrices of 8/3 hold as much as two of 4
+        gated = math.ceil(self.n_embd * 8 / 3 / 32) * 32  # three matrices hold as much as two of 4
         self.mlp_hidden = self.mlp_hidden or (gated if self.mlp == "swiglu" else 4 * self.n_embd)
-        if not head_dim_given and self.n_embd % self.n_head:
-            raise Error(f"--n-embd {self.n_embd} is not divisible by --n-head {self.n_head}")
         if self.n_head % self.n_kv_head:
-            raise Error(f"--n-head {self.n_head} is not a multiple of --n-kv-head {self.n_kv_head}")
+            raise Error(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         if self.pos == "rope" and self.head_dim % 2:
-            raise Error(f"RoPE rotates pairs, so the head size {self.head_dim} must be even (--n-embd / --n-head)")
-        if not self.dropout < 1:
-            raise Error(f"--dropout {self.dropout} must be below 1")
+            raise Error(f"RoPE rotates pairs: head_dim {self.head_dim} is not even")
 
 @dataclass
-class Source:
-    """Where a model comes from."""
-    out: str = setting("out", "folder of the run")
-    init: str = setting("", "start from a checkpoint, a run's folder, a Hugging Face folder, gpt2, gpt2-medium, ...")
-
-@dataclass
-class Machine(Source):
-    """And where it runs."""
+class Machine(Settings):
+    """Where it runs."""
     device: str = setting("auto", "auto (cuda, else mps, else cpu) or a torch device")
-    dtype: str = setting("auto", "precision; auto: bfloat16 or float16 on a GPU that is fast in it, else float32",
+    dtype: str = setting("auto", "precision; auto: the one that the device is fast in",
                          choices="auto float32 bfloat16 float16 float64")
     attention: str = setting("auto", "attention kernel", choices="auto triton cuda sdpa plain")
-    seed: int = setting(1337, "the same seed gives the same run (on a GPU up to rounding)")
+    seed: int = setting(1337, "the same seed gives the same run", high=2 ** 64 - 1)
 
 @dataclass
-class Training(Machine):
-    data: list = setting(("input.txt",), "files (.txt, .jsonl, .gz), folders, globs or http(s) addresses")
+class Training(Machine, Config):
+    """A run."""
+    data: list = setting(("input.txt",), "files (.txt, .jsonl), folders, globs, http(s) addresses")
+    out: str = setting("out", "folder of the run")
+    steps: int = setting(None, "length (default: the size's, or until the text is seen 5 times)", 1)
+    minutes: float = setting(None, "length, from the start of the command to its end")
     size: str = setting("auto", "auto: tiny on a CPU, baby elsewhere",
                         choices="auto tiny baby gpt2 gpt2-medium gpt2-large gpt2-xl")
+    tokenizer: str = setting("char", "bpe is learnt from the data", choices="char bpe gpt2")
     arch: str = setting("qwen3", "architecture", choices="bigram gpt2 llama qwen3")
-    tokenizer: str = setting("char", "bpe is trained on the data", choices="char bpe gpt2")
-    steps: int = setting(None, "steps of the whole run (default: the size's)", 1)
-    minutes: float = setting(None, "instead of --steps: minutes of the run, from the start of the command to its end")
+    init: str = setting("", "fine-tune: a checkpoint, a run's or a Hugging Face folder, gpt2, ...")
+    resume: bool = setting(False, "go on where the run in out stopped")
+    overwrite: bool = setting(False, "replace the run in out")
     batch_size: int = setting(16, "sequences per forward pass and process", 1)
-    accum: int = setting(1, "forward passes per step and process", 1)
-    lr: float = setting(3e-3, "AdamW's peak learning rate; Muon's is 10 times that; a tenth with --init")
-    optimizer: str = setting("muon", "muon: hidden matrices, and AdamW the rest; adamw: all", choices="muon adamw")
-    momentum: float = setting(0.9, "Muon's: what a step keeps of the gradients before it")
-    weight_decay: float = setting(0.0, "weight decay of matrices")
+    accum: int = setting(1, "forward passes per step", 1)
+    lr: float = setting(3e-3, "AdamW's peak learning rate; Muon's is 10 times that; init: a tenth")
+    optimizer: str = setting("muon", "muon: for the blocks' matrices, and AdamW for the rest",
+                             choices="muon adamw")
+    momentum: float = setting(0.9, "Muon's: what a step keeps of earlier gradients", high=0.999)
+    weight_decay: float = setting(0.1, "how much of a matrix a step takes away, times the rate")
     grad_clip: float = setting(1.0, "longest gradient (2-norm) that a step follows; 0 is off")
     warmup: int = setting(0, "steps over which the learning rate rises")
-    eval_every: int = setting(None, "steps between evaluations (default: 10 in a run)", 1)
-    probe: str = setting(None, "a text to watch the model read while it learns (default: a line of the data; '': off)")
-    save_every: int = setting(None, "steps between checkpoints (default: at evaluations; also every five minutes)", 1)
+    eval_every: int = setting(None, "steps between looks: evaluation, log, probe, checkpoint", 1)
+    probe: str = setting(None, "a text to watch the model read (default: a line; '': none)")
     compile: str = setting("auto", "torch.compile; auto: on CUDA", choices="auto on off")
-    checkpoint_activations: bool = setting(False, "keep only each block's input and recompute the rest: less memory")
-    resume: bool = setting(False, "go on where the run in --out stopped")
-    overwrite: bool = setting(False, "replace the run in --out")
+    checkpoint_activations: bool = setting(False, "recompute activations: slower, less memory")
 
-    def __post_init__(self):
-        if not self.momentum < 1:
-            raise Error(f"--momentum {self.momentum} must be below 1")
+    @classmethod
+    def from_given(cls, given):
+        """What was given beats size, which beats arch, which beats the defaults above."""
+        if given.get("steps") and given.get("minutes") is not None:
+            raise Error("steps and minutes: give one of them")
+        arch, size = given.get("arch", cls.arch), given.get("size", "auto")
+        if size == "auto":
+            size = "tiny" if pick_device(given.get("device", "auto")).type == "cpu" else "baby"
+        settings = ARCHS[arch] | SIZES[size] | given | {"size": size}
+        if arch == "bigram":
+            if given.get("n_layer"):
+                raise Error("arch bigram is a table, it has no layers: leave n_layer out")
+            settings |= ARCHS[arch] | given | {"n_layer": 0}  # at any size
+        heads = settings.get("n_head", cls.n_head)
+        if arch in ("llama", "qwen3") and heads % 2 == 0:
+            settings.setdefault("n_kv_head", heads // 2)
+        s = cls(**settings)
+        s.given = given
+        return s
 
-@dataclass
-class Sampling(Machine):
-    prompt: str = setting("", "text to go on from; @FILE reads a file, - stdin")
-    tokens: int = setting(500, "tokens to generate")
-    temperature: float = setting(0.8, "0 always takes the likeliest; 1 samples the model's own distribution")
-    top_k: int = setting(0, "sample among the k likeliest (0: all)")
-    top_p: float = setting(1.0, "sample among the likeliest that together have this probability")
-    num: int = setting(1, "samples", 1)
-    stop: str = setting("", "text to stop at; it is not printed")
-    cache: bool = setting(True, "keep keys and values of earlier tokens (the KV cache)")
-
-@dataclass
-class Evaluation(Machine):
-    data: list = setting((), "text to evaluate on (default: the validation split of the run's data)")
-    stride: int = setting(None, "tokens between windows (default: the context; smaller is slower and kinder)", 1)
-    batch_size: int = setting(32, "windows per forward pass", 1)
-    json: bool = setting(False, "print one JSON object")
-
-# An explicit flag beats --size, which beats --arch, which beats the defaults above.
 ARCHS = {
-    "bigram": dict(n_layer=0, optimizer="adamw", lr=0.05, weight_decay=0.05),  # the decay smooths what was never seen
-    "gpt2": dict(pos="learned", norm="layer", mlp="gelu", qk_norm=False, bias=True, tie=True, norm_eps=1e-5),
-    "llama": dict(qk_norm=False),  # these two have half as many key and value heads as query heads, where that is even
+    "bigram": dict(optimizer="adamw", lr=0.05, weight_decay=0.05),  # smooths what was never seen
+    "gpt2": dict(pos="learned", norm="layer", mlp="gelu", qk_norm=False, bias=True, tie=True,
+                 norm_eps=1e-5),
+    "llama": dict(qk_norm=False),
     "qwen3": dict(),
 }
-GPT2_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
-              "gpt2-xl": (48, 25, 1600)}  # layers, heads, channels
+GPT2_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024),  # layers, heads, channels
+              "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 SIZES = {
-    "tiny": dict(steps=2200),
-    "baby": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64, steps=2500, warmup=50),
-    **{name: dict(n_layer=L, n_head=H, n_embd=C, block_size=1024, batch_size=16, accum=32, steps=20000, warmup=200,
-                  lr=2e-3, momentum=0.95, weight_decay=0.1) for name, (L, H, C) in GPT2_SIZES.items()},
-}
+    "tiny": dict(),
+    "baby": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64,
+                 warmup=50),
+    **{name: dict(n_layer=layers, n_head=heads, n_embd=channels, block_size=1024, accum=32,
+                  warmup=200, lr=2e-3, momentum=0.95)
+       for name, (layers, heads, channels) in GPT2_SIZES.items()}}
+STEPS = {"tiny": 2200, "baby": 2500}  # if neither steps nor minutes are given; else 20,000
 
-def flag(name):
-    return "--" + name.replace("_", "-")
+# --- Tokenizers ----------------------------------------------------------------------------------
+# A model reads whole numbers. A tokenizer is a list of byte strings, one a number, and a way to
+# cut a text into them.
 
-def check(given, *classes):
-    """Convert and test the settings in the dict `given` by the fields of `classes`."""
-    known, checked = {f.name: f for cls in classes for f in fields(cls)}, {}
-    for name, value in given.items():
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            raise Error(f"there is no setting {flag(name)}" + (f"; did you mean {flag(close[0])}?" if close else ""))
-        kind, rule = known[name].type, known[name].metadata
-        if value is None:
-            continue
-        if kind is list:
-            value = [str(v) for v in ([value] if isinstance(value, (str, os.PathLike)) else value)]
-        elif kind is bool and not isinstance(value, bool):
-            raise Error(f"{flag(name)} is true or false, not {value!r}")
-        elif kind is not bool:
-            try:
-                value, before = kind(value), value
-                if kind is not str and not (math.isfinite(value) and value == float(before) and value >= rule["low"]):
-                    raise ValueError
-            except (ValueError, TypeError, OverflowError):
-                noun = "a whole number" if kind is int else "a number"
-                raise Error(f"{flag(name)} takes {noun} of at least {rule['low']:g}, not {value}") from None
-        if rule["choices"] and value not in rule["choices"]:
-            raise Error(f"{flag(name)} is one of {', '.join(rule['choices'])}; not {value!r}")
-        checked[name] = value
-    return checked
-
-def parts(given, *classes):
-    """Split a dict of settings among `classes`; each part holds the fields of one class."""
-    return [{f.name: given[f.name] for f in fields(cls) if f.name in given} for cls in classes]
-
-# --- Tokenizers ------------------------------------------------------------------------------------------------------
-# A model reads whole numbers. A tokenizer is a list of byte strings, one per number, and a way to cut text into them.
-
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # merges stay within words
+# As much of a text as tiktoken can take: it fails on a million blanks. Up to the end of a word.
+TIKTOKEN_CAN = r"(?s).{1,300000}(?:\Z|(?<=[^\W_])(?=\s))|.{1,300000}"
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 class Tokenizer:
+    """What every tokenizer has: `tokens`, the bytes of each id; `eot`, the id that ends a document,
+    or None; `ends`, the ids that end a sample; `first`, the ids that a text without a prompt begins
+    with; `encode(text, special)` -> ids (T,), where `special` makes <|endoftext|> one token; and
+    `state()`, what a checkpoint keeps: its kind, and the arguments that make it again."""
+    eot, ends = None, frozenset()
+
     def decode(self, ids):
-        """The text of ids (T,); bytes that are not UTF-8 become U+FFFD."""
-        return b"".join(self.tokens[i] for i in ids.tolist()).decode("utf-8", "replace")
+        """The text of ids; bytes that are not UTF-8 become U+FFFD."""
+        ids = torch.as_tensor(ids).tolist()
+        return b"".join(self.tokens[i] for i in ids).decode("utf-8", "replace")
+
+    def unknown(self, text):
+        """The characters of a text that have no token."""
+        return []
 
 class CharTokenizer(Tokenizer):
     """One token per character. `CharTokenizer("abc").encode("cab").tolist() == [2, 0, 1]`"""
-    kind, eot = "char", None
-
     def __init__(self, chars):
         self.chars = "".join(sorted(set(chars)))
         self.tokens = [c.encode() for c in self.chars]
-        codes = torch.tensor([ord(c) for c in self.chars], dtype=torch.long)
-        self.table = torch.full((int(codes.max()) + 2 if chars else 1,), -1, dtype=torch.int32)  # code point -> id
-        self.table[codes] = torch.arange(len(codes), dtype=torch.int32)
-
-    @staticmethod
-    def code_points(text):
-        raw = bytearray(text.encode("utf-32-le"))
-        return torch.frombuffer(raw, dtype=torch.int32) if raw else torch.zeros(0, dtype=torch.int32)
+        self.first = [max(0, self.chars.find("\n"))]
+        self.ids = torch.full((0x110000,), -1, dtype=torch.int32)  # code point -> id
+        self.ids[[ord(c) for c in self.chars]] = torch.arange(len(self.chars), dtype=torch.int32)
 
     @classmethod
-    def train(cls, texts):
-        seen = torch.zeros(0x110000, dtype=torch.bool)
+    def train(cls, texts, vocab_size):
+        chars = set()
         for text in texts:
-            seen.index_fill_(0, cls.code_points(text).long(), True)
-        return cls("".join(map(chr, seen.nonzero().flatten().tolist())))
+            chars.update(text)
+        return cls(chars)
 
     def encode(self, text, special=False):
-        """Ids of a text as an int32 tensor (T,); a character that is not in the vocabulary is an Error."""
-        ids = self.table.index_select(0, self.code_points(text).clamp_(max=len(self.table) - 1))
-        if len(ids) and ids.min() < 0:
-            raise Error(f"the text has characters that this model has never seen: {self.unknown(text)} (a model "
-                        "trained with --tokenizer bpe reads any text)")
+        codes = bytearray(text.encode("utf-32-le"))
+        ids = self.ids[torch.frombuffer(codes, dtype=torch.int32)] if text else self.ids[:0]
+        if text and ids.min() < 0:
+            missing = " ".join(map(repr, self.unknown(text)))
+            raise Error(f"the text has characters that this model has never seen: {missing:.100} "
+                        "(a model trained with --tokenizer bpe reads any text)")
         return ids
 
-    def encode_batch(self, texts):
-        return [self.encode(text) for text in texts]
-
     def unknown(self, text):
-        return " ".join(map(repr, dict.fromkeys(c for c in text if c not in self.chars)))
+        return [c for c in dict.fromkeys(text) if c not in self.chars]
 
     def state(self):
         return {"kind": "char", "chars": self.chars}
 
 class BPETokenizer(Tokenizer):
-    """Byte-pair encoding: any text can be written; tiktoken does the merging. `tokens` are bytes in the order in which
-    merges made them; `special` has names and ids of those that stand for no text, the first of which ends one."""
-    kind = "bpe"
-
-    def __init__(self, tokens, pattern=GPT2_PATTERN, special=None, nfc=False):
-        self.tokens, self.pattern, self.special = tokens, pattern, special or {"<|endoftext|>": len(tokens) - 1}
-        self.eot, self.nfc = next(iter(self.special.values())), nfc
-        self.clean = functools.partial(unicodedata.normalize, "NFC") if nfc else str
-        self.ranks = {token: i for i, token in enumerate(tokens) if token and i not in self.special.values()}
-        self.encoding = tiktoken().Encoding("gpt.py", pat_str=pattern, special_tokens=self.special,
-                                            mergeable_ranks=self.ranks)
-
-    @classmethod
-    def gpt2(cls):
-        try:
-            ranks = tiktoken().get_encoding("gpt2")._mergeable_ranks
-        except (OSError, ValueError) as e:
-            raise Error(f"the gpt2 tokenizer could not be downloaded ({type(e).__name__}); once a folder has it, as "
-                        "6d1cbeee0f20b3d9449abfede4726ed8212e3aee (vocab.bpe) and "
-                        "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6 (encoder.json), "
-                        "set TIKTOKEN_CACHE_DIR to that folder") from None
-        return cls(sorted(ranks, key=ranks.get) + [b"<|endoftext|>"])
+    """Byte-pair encoding of UTF-8, as in GPT-2: any text can be written, and tiktoken does the
+    merging. `tokens` are in the order in which merges made them; the last is <|endoftext|>."""
+    def __init__(self, tokens):
+        self.tokens = [t.encode("latin-1") if isinstance(t, str) else t for t in tokens]
+        self.eot = len(tokens) - 1
+        self.ends, self.first = {self.eot}, [self.eot]
+        self.ranks = {token: i for i, token in enumerate(self.tokens[:-1])}
+        self.encoding = import_tiktoken().Encoding(
+            "gpt.py", pat_str=GPT2_PATTERN, mergeable_ranks=self.ranks,
+            special_tokens={"<|endoftext|>": self.eot})
 
     @classmethod
     def train(cls, texts, vocab_size):
-        """Learn merges: join the commonest pair of neighbouring tokens, and again, until the vocabulary is full.
+        """Learn merges: join the commonest pair of neighbouring tokens, and again.
         `BPETokenizer.train(["aaa aaa"], 259).tokens[256:] == [b"aa", b"aaa", b"<|endoftext|>"]`"""
+        vocab_size = vocab_size or 1024
         if vocab_size < 257:
-            raise Error(f"--vocab-size {vocab_size}: bpe needs at least 257, for 256 bytes and the end of text")
-        tiktoken()
-        import regex  # comes with tiktoken
-        words, short = Counter(), Counter()
-        for text in texts:
-            words.update(regex.findall(GPT2_PATTERN, text))
-        for word, n in words.items():
-            for piece in re.findall(b"(?s).{1,64}", word.encode()):
-                short[piece] += n
-        words = [(list(piece), n) for piece, n in short.items()]
-        pairs, where = Counter(), defaultdict(set)  # how often two tokens are neighbours, and in which words
-        def count_pairs(i, sign):
+            raise Error(f"vocab_size {vocab_size}: bpe needs 256 bytes and the end of text")
+        words = [(list(word), n) for word, n in count_words(texts).items()]
+        tokens = [bytes([i]) for i in range(256)]
+        pairs, where = Counter(), defaultdict(set)  # how often, and in which words, pairs occur
+
+        def count(i, sign):
             ids, n = words[i]
             for pair in zip(ids, ids[1:]):
                 pairs[pair] += sign * n
                 where[pair].add(i)
-                changed.add(pair)
-        tokens, changed, heap = [bytes([i]) for i in range(256)], set(), []
-        index = {token: i for i, token in enumerate(tokens)}
+
         for i in range(len(words)):
-            count_pairs(i, 1)
-        while len(tokens) < vocab_size - 1:
-            for pair in changed:
-                heappush(heap, (-pairs[pair], pair))
-            changed.clear()
-            while heap and -heap[0][0] != pairs[heap[0][1]]:  # out of date; the newer count is there too
-                heappop(heap)
-            if not heap or not heap[0][0]:
+            count(i, 1)
+        progress = Progress("learning bpe")
+        while len(tokens) < vocab_size - 1 and pairs:
+            a, b = max(pairs, key=pairs.get)
+            if pairs[a, b] < 1:
                 break
-            a, b = heappop(heap)[1]
-            new = index.setdefault(tokens[a] + tokens[b], len(tokens))
-            tokens += [tokens[a] + tokens[b]] * (new == len(tokens))
-            for i in list(where[a, b]):
-                count_pairs(i, -1)
+            tokens.append(tokens[a] + tokens[b])
+            for i in where.pop((a, b)):
+                count(i, -1)
                 ids, j = words[i][0], 0
                 while j < len(ids) - 1:
                     if ids[j] == a and ids[j + 1] == b:
-                        ids[j:j + 2] = [new]
+                        ids[j:j + 2] = [len(tokens) - 1]
                     j += 1
-                count_pairs(i, 1)
+                count(i, 1)
+            del pairs[a, b]
+            progress.say(f"{len(tokens):,} tokens of {vocab_size:,}")
         return cls(tokens + [b"<|endoftext|>"])
 
     def encode(self, text, special=False):
-        """Ids of a text as an int32 tensor (T,). `<|endoftext|>` is ordinary text, or one token if `special`."""
-        allowed, text = set(self.special) if special else set(), self.clean(text)
-        ids = self.encoding.encode(text, allowed_special=allowed, disallowed_special=())
+        allowed, ids = {"<|endoftext|>"} if special else set(), []
+        for part in re.findall(TIKTOKEN_CAN, text):
+            ids += self.encoding.encode(part, allowed_special=allowed, disallowed_special=())
         return torch.tensor(ids, dtype=torch.int32)
 
-    def encode_batch(self, texts):
-        batch = self.encoding.encode_ordinary_batch([self.clean(text) for text in texts], num_threads=os.cpu_count())
-        return [torch.frombuffer(array("i", ids), dtype=torch.int32) for ids in batch if ids]
-
-    def unknown(self, text):
-        return ""
-
     def state(self):
-        return {"kind": "bpe", "pattern": self.pattern, "tokens": [token.decode("latin-1") for token in self.tokens],
-                "special": self.special, "nfc": self.nfc}
+        return {"kind": "bpe", "tokens": [token.decode("latin-1") for token in self.tokens]}
 
-def tiktoken():
+class GPT2Tokenizer(BPETokenizer):
+    """GPT-2's own 50,257 tokens, which tiktoken downloads once."""
+    @classmethod
+    def train(cls, texts, vocab_size):
+        try:
+            ranks = import_tiktoken().get_encoding("gpt2")._mergeable_ranks
+        except (OSError, ValueError) as e:
+            raise Error(f"the gpt2 tokenizer could not be downloaded ({type(e).__name__}); set "
+                        "TIKTOKEN_CACHE_DIR to a folder that has its two files, vocab.bpe as "
+                        "6d1cbeee0f20b3d9449abfede4726ed8212e3aee and encoder.json as "
+                        "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6") from None
+        return cls(sorted(ranks, key=ranks.get) + [b"<|endoftext|>"])
+
+TOKENIZERS = {"char": CharTokenizer, "bpe": BPETokenizer, "gpt2": GPT2Tokenizer}
+
+def tokenizer_from(state):
+    """A tokenizer from what a checkpoint keeps of it."""
+    return TOKENIZERS[state["kind"]](**{name: v for name, v in state.items() if name != "kind"})
+
+def count_words(texts, limit=1 << 19):
+    """How often each word occurs, as bytes; merges stay within words. When the different words
+    come to `limit` bytes, the rest of the texts is left out."""
+    import regex  # comes with tiktoken
+    counts = Counter()
+    for text in texts:
+        for word, n in Counter(regex.findall(GPT2_PATTERN, text)).items():
+            for part in re.findall(b"(?s).{1,64}", word.encode()):
+                counts[part] += n
+        if sum(map(len, counts)) > limit:
+            notice("bpe learns from the beginning of the text, which has enough different words")
+            break
+    return counts
+
+def import_tiktoken():
     try:
         import tiktoken
     except ImportError:
         raise Error("this tokenizer needs tiktoken: pip install tiktoken") from None
     return tiktoken
 
-def tokenizer_from(state):
-    if state["kind"] == "char":
-        return CharTokenizer(state["chars"])
-    return BPETokenizer([token.encode("latin-1") for token in state["tokens"]], state["pattern"],
-                        state.get("special"), state.get("nfc", False))
+# --- Model ---------------------------------------------------------------------------------------
+# Each token becomes a vector, the residual stream. Every block reads it and adds to it: attention
+# brings what earlier tokens know, the MLP works on each token alone. What the last block leaves is
+# compared with one vector per token of the vocabulary, the rows of the head: the larger the
+# product, the likelier that token comes next.
 
-# --- Model -----------------------------------------------------------------------------------------------------------
-# Each token becomes a vector, the residual stream. Every block reads it and adds to it: attention brings what earlier
-# tokens know, the MLP works on each token alone. What the last block leaves is compared with one vector per token of
-# the vocabulary, the rows of the head: the larger the product, the likelier that token comes next.
+def causal_mask(TQ, TK, like):
+    """0 where query i may see key j, else -inf. The queries are the last TQ of TK positions."""
+    mask = torch.full((TQ, TK), -math.inf, dtype=like.dtype, device=like.device)
+    return mask.triu(TK - TQ + 1)
 
-def dropout(x, p):
-    """Zero a share p of x and scale up the rest. A CPU draws random numbers one at a time: there each one, of 8 bytes,
-    decides for 8 activations, which is 4 times as fast as F.dropout, and p becomes a multiple of 1/256."""
-    if not p or x.device.type != "cpu":
-        return F.dropout(x, p)
-    p, noise = min(255, round(256 * p)), torch.randint(-2 ** 63, 2 ** 63 - 1, (x.numel() // 8 + 1,))
-    keep = noise.view(torch.uint8)[:x.numel()].view(x.shape) >= p
-    return x * keep.to(x.dtype).mul_(256 / (256 - p))
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(D) + mask) v: the definition, which faster ones are checked against.
+    q (B, TQ, H, D); k, v (B, TK, H_kv, D), where H / H_kv query heads share a key head. With as
+    many key heads, and the heads in front, (B, H, T, D), this is
 
-class Dropout(nn.Dropout):
-    def forward(self, x):
-        return dropout(x, self.p) if self.training else x
+        scores = q @ k.mT * D ** -0.5 + causal_mask(TQ, TK, q)
+        return scores.softmax(dim=-1) @ v
 
-def plain_attention(q, k, v, dropout_p=0.0, maps=False):
-    """softmax(Q K^T / sqrt(D) + mask) V, written out. q (B, H, TQ, D); k, v (B, H_kv, TK, D), H a multiple of H_kv.
-    The queries are the last TQ of TK positions. Gives (B, H, TQ, D), and the maps (B, H, TQ, TK) if `maps`."""
-    B, H, TQ, D = q.shape
-    H_kv, TK = k.shape[1:3]
-    mask = torch.full((TQ, TK), -math.inf, dtype=q.dtype, device=q.device).triu(TK - TQ + 1)  # causal: no later key
-    q = q.reshape(B * H_kv, -1, D)  # the heads that share a key stand below each other: (B H_kv, H/H_kv TQ, D)
-    k, v = k.reshape(B * H_kv, TK, D), v.reshape(B * H_kv, TK, D)
-    scores = torch.baddbmm(mask.repeat(H // H_kv, 1), q, k.mT, alpha=D ** -0.5)  # (B H_kv, H/H_kv TQ, TK)
-    probs = scores.softmax(dim=-1)
-    out = (dropout(probs, dropout_p) @ v).view(B, H, TQ, D)
-    return (out, probs.view(B, H, TQ, TK)) if maps else out
+    Here the queries that share a key head stand below each other in one matrix."""
+    B, TQ, H, D = q.shape
+    TK, H_kv = k.shape[1:3]
+    q = q.unflatten(2, (H_kv, H // H_kv)).permute(0, 2, 3, 1, 4).reshape(B * H_kv, -1, D)
+    k, v = k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1)  # (B H_kv, TK, D)
+    mask = causal_mask(TQ, TK, q).repeat(H // H_kv, 1)
+    scores = torch.baddbmm(mask, q, k.mT, alpha=D ** -0.5)  # (B H_kv, H / H_kv TQ, TK)
+    out = scores.softmax(dim=-1) @ v
+    return out.view(B, H, TQ, -1).transpose(1, 2)  # (B, TQ, H, D)
 
-def fused_attention(q, k, v, dropout_p=0.0):
-    """The same by torch's own fused kernels."""
-    TQ, TK, mask = q.size(2), k.size(2), None
-    if 1 < TQ < TK:  # is_causal would align the first query with the first key
-        mask = torch.ones(TQ, TK, dtype=torch.bool, device=q.device).tril(TK - TQ)
-    groups = q.size(1) // k.size(1)
-    if groups > 1 and q.device.type != "cpu":  # few kernels for GPUs know groups
-        k, v, groups = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), 1
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=TQ == TK, enable_gqa=groups > 1)
+def fused_attention(q, k, v):
+    """The same by torch's own kernels, of which few know groups."""
+    TQ, TK, groups = q.size(1), k.size(1), q.size(2) // k.size(2)
+    k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+    mask = causal_mask(TQ, TK, q) if TQ < TK else None
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=TQ == TK).transpose(1, 2)
 
-def use_attention(model, impl, dtype):
-    """Let the model's blocks call the attention that suits it best, or `impl`; returns what that is, and why."""
-    if model.config.n_layer == 0:
-        return "no attention"
-    device, products = next(model.parameters()).device, torch.get_float32_matmul_precision()
-    case, drops = (device, dtype, model.config.head_dim), model.training and model.config.dropout > 0
-    if impl == "auto" and device.type == "cpu" and model.config.block_size <= 256 and products == "medium":
-        attend, reason = plain_attention, "plain attention (the fastest to train on a CPU up to context 256)"
-    elif impl == "plain":
-        attend, reason = plain_attention, "plain attention"
-    elif impl in ("triton", "cuda") and (why := NO_KERNELS or kernels.missing(impl, *case, drops)):
-        raise Error(f"--attention {impl}: {why}")
-    elif not NO_KERNELS:
-        attend, reason = functools.partial(kernels.attention, impl=impl), "{} attention ({})".format(
-            *kernels.describe(*case, impl, drops))
-    else:
-        attend, reason = fused_attention, f"torch's attention ({NO_KERNELS})"
-    decode = None
-    if device.type == "cuda" and not model.training and not NO_KERNELS and impl != "plain":
-        impl = "auto" if impl == "cuda" else impl
-        if model.config.block_size <= 2048 or kernels.describe(*case, impl)[0] == "triton":  # others read a whole cache
-            decode = functools.partial(kernels.decode_attention, impl=impl)
-    for block in model.blocks:
-        block.attn.attend, block.attn.decode = attend, decode
+def choose_attention(model, impl, dtype, batch_size=1):
+    """Let the blocks use the attention that suits this machine, or `impl` -> what it is, and why.
+    It must agree with `attention` above: what is changed there is never silently ignored."""
+    c, device = model.config, next(model.parameters()).device
+    attend, reason = attention, "plain attention"
+    small = impl == "auto" and device.type == "cpu" and c.block_size <= 256
+    if not small and impl != "plain" and NO_KERNELS:
+        if impl in ("triton", "cuda"):
+            raise Error(f"attention {impl}: {NO_KERNELS}")
+        attend, reason = fused_attention, "torch's attention"
+    elif not small and impl != "plain":
+        shape = batch_size, c.block_size, c.n_head, c.n_kv_head, c.head_dim
+        try:
+            attend, reason = kernels.choose(device, dtype, shape, impl)
+        except ValueError as e:
+            raise Error(f"attention {impl}: {e}") from None
+    q, k, v = torch.randn(3, 1, c.block_size, 1, c.head_dim, device=device, dtype=dtype)
+    products = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    wanted, got = attention(q, k, v).double(), attend(q, k, v).double()
+    torch.set_float32_matmul_precision(products)
+    half = dtype in (torch.float16, torch.bfloat16)  # in which the errors come to 0.006
+    if not (got - wanted).norm() < (0.02 if half else 1e-4) * wanted.norm():
+        attend, reason = attention, f"plain attention, which {reason} does not agree with"
+    for block in getattr(model, "blocks", ()):
+        block.attn.attend = attend
     return reason
 
-def make_norm(config, size):
+def make_norm(config):
     if config.norm == "layer":
-        return nn.LayerNorm(size, config.norm_eps, bias=config.bias)
-    return nn.RMSNorm(size, config.norm_eps)
+        return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
+    return nn.RMSNorm(config.n_embd, config.norm_eps)
 
-def rotate(x, cos, sin):
-    """RoPE: turn each pair (x[i], x[i + D/2]) by its position's angle. The dot product of a query and a key, both so
-    turned, depends on how far apart they stand, not on where. x (B, H, T, D); cos, sin (T, D), sin with its signs."""
-    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)  # (a, b) -> (a cos - b sin, b cos + a sin)
+def apply_rope(x, cos, sin):
+    """RoPE (Su et al., 2021): turn each pair (x[i], x[i + D/2]) by its position's angle, so that
+    the product of a query and a key depends on how far apart they stand, not on where.
+    x (B, T, H, D); cos, sin (T, 1, D): (a, b) -> (a cos - b sin, b cos + a sin)."""
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
 
 class Attention(nn.Module):
-    """Each token asks with a query; every earlier token, and the token itself, answers with a key; the better the two
-    match, by their dot product, the more of that token's value is taken over. Several heads do so side by side."""
-    def __init__(self, config):
+    """Each token asks with a query; every earlier token, and the token itself, answers with a key;
+    the better the two match, by their dot product, the more of that token's value is taken over.
+    Several heads do so side by side."""
+    def __init__(self, config, layer):
         super().__init__()
-        self.head_dim, self.dropout = config.head_dim, config.dropout
-        self.q = nn.Linear(config.n_embd, config.n_head * config.head_dim, bias=config.bias)
-        self.k = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=config.bias)
-        self.v = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=config.bias)
-        self.out = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
-        self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
-        self.attend = fused_attention  # any function of q, k, v and dropout_p; `use_attention` picks one
-        self.decode = None  # the same for one new token and a whole cache; only a GPU has it, for `captured`
+        C, D, bias = config.n_embd, config.head_dim, config.bias
+        self.layer, self.head_dim = layer, D
+        self.q = nn.Linear(C, config.n_head * D, bias=bias)
+        self.k = nn.Linear(C, config.n_kv_head * D, bias=bias)
+        self.v = nn.Linear(C, config.n_kv_head * D, bias=bias)
+        self.out = nn.Linear(config.n_head * D, C, bias=bias)
+        self.q_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.attend = attention  # `choose_attention` may put a faster one here
 
-    def forward(self, x, rotary, cache, at, lengths):
+    def forward(self, x, rope, cache):
         B, T, _ = x.shape
         q, k, v = (linear(x).view(B, T, -1, self.head_dim) for linear in (self.q, self.k, self.v))
-        if self.q_norm is not None:
-            q, k = self.q_norm(q.type_as(x)), self.k_norm(k.type_as(x))  # under autocast the weights are in float32
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), and twice (B, H_kv, T, D)
-        if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k = self.q_norm(q.type_as(x)), self.k_norm(k.type_as(x))  # autocast gives x in float32
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         q, k = q.type_as(v), k.type_as(v)
-        if cache is not None:  # write these keys and values behind the earlier ones, and attend to all of them
-            cache[:, :, :, at] = torch.stack((k, v))
-            k, v = cache if lengths is not None else cache[:, :, :, :at.stop]
-        if lengths is not None:
-            y = self.decode(q, k, v, lengths)
-        else:
-            y = self.attend(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        return self.out(self.attend(q, k, v).reshape(B, T, -1))
 
 class MLP(nn.Module):
+    """A hidden layer for each token alone."""
     def __init__(self, config):
         super().__init__()
-        self.kind = config.mlp
-        self.gate = nn.Linear(config.n_embd, config.mlp_hidden, bias=config.bias) if config.mlp == "swiglu" else None
-        self.up = nn.Linear(config.n_embd, config.mlp_hidden, bias=config.bias)
-        self.down = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
+        C, hidden, self.kind = config.n_embd, config.mlp_hidden, config.mlp
+        self.gate = nn.Linear(C, hidden, bias=config.bias) if self.kind == "swiglu" else None
+        self.up = nn.Linear(C, hidden, bias=config.bias)
+        self.down = nn.Linear(hidden, C, bias=config.bias)
 
     def forward(self, x):
         if self.kind == "swiglu":
             return self.down(F.silu(self.gate(x)) * self.up(x))
         if self.kind == "gelu":
-            return self.down(F.gelu(self.up(x), approximate="tanh"))  # GPT-2's GELU is the approximation
+            return self.down(F.gelu(self.up(x), approximate="tanh"))  # GPT-2's approximation
         x = F.relu(self.up(x))
         return self.down(x.square() if self.kind == "relu2" else x)
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
-        self.attn_norm, self.attn = make_norm(config, config.n_embd), Attention(config)
-        self.mlp_norm, self.mlp = make_norm(config, config.n_embd), MLP(config)
-        self.dropout = Dropout(config.dropout)
+        self.attn_norm, self.attn = make_norm(config), Attention(config, layer)
+        self.mlp_norm, self.mlp = make_norm(config), MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rotary=None, cache=None, at=None, lengths=None):
-        x = x + self.dropout(self.attn(self.attn_norm(x), rotary, cache, at, lengths))  # the residual stream is x:
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))                             # blocks only ever add to it
+    def forward(self, x, rope=None, cache=None):
+        # x is the residual stream: blocks only ever add to it
+        x = x + self.dropout(self.attn(self.attn_norm(x), rope, cache))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
-@dataclass
-class Cache:
-    """The keys and values of the first `length` tokens, (n_layer, 2, B, H_kv, block_size, D). In a CUDA graph, where
-    nothing but tensors may change, `lengths` (B,) counts them instead, the token on its way included."""
-    kv: torch.Tensor
-    length: int = 0
-    lengths: torch.Tensor = None
+class KVCache:
+    """The keys and values of the first `length` tokens, so that they need not be computed again."""
+    def __init__(self, model, B):
+        c, weight = model.config, next(model.parameters())
+        self.kv = weight.new_empty(c.n_layer, 2, B, c.block_size, c.n_kv_head, c.head_dim)
+        self.length = 0
+
+    def append(self, layer, k, v):
+        """Keep k and v (B, T, H_kv, D) of new tokens -> those of all tokens of this layer."""
+        stop = self.length + k.size(1)
+        self.kv[layer, 0, :, self.length:stop] = k
+        self.kv[layer, 1, :, self.length:stop] = v
+        return self.kv[layer, :, :, :stop]
+
+def next_token_loss(x, weight, targets):
+    """Mean cross-entropy of the logits x @ weight^T: minus the log of the probability that was
+    given to the token that came. 0 is certainty, ln(V) is knowing nothing. x (B, T, C); weight
+    (V, C), or None where x are logits; targets (B, T), of which -1 do not count."""
+    x, targets = x.flatten(0, 1), targets.flatten()
+    if weight is not None and not NO_KERNELS:
+        return kernels.linear_cross_entropy(x, weight, targets)  # never holds all logits
+    logits = x if weight is None else F.linear(x, weight)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits, targets, ignore_index=-1)
 
 class GPT(nn.Module):
-    """Ids (B, T) to logits over the next token (B, T, V)."""
+    """Ids (B, T) to logits over the next token (B, T, V), or with targets (B, T) to the loss."""
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        self.positions = nn.Embedding(config.block_size, config.n_embd) if config.pos == "learned" else None
-        self.dropout = Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = make_norm(config, config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tie:
+        c = self.config = config
+        self.embed = nn.Embedding(c.vocab_size, c.n_embd)
+        self.positions = nn.Embedding(c.block_size, c.n_embd) if c.pos == "learned" else None
+        self.dropout = nn.Dropout(c.dropout)
+        self.blocks = nn.ModuleList(Block(c, i) for i in range(c.n_layer))
+        self.norm = make_norm(c)
+        self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        if c.tie:
             self.head.weight = self.embed.weight
-        if config.pos == "rope":
-            D = config.head_dim
-            angles = torch.outer(torch.arange(config.block_size), config.rope_theta ** (-torch.arange(0, D, 2) / D))
-            self.register_buffer("cos", angles.cos().repeat(1, 2), persistent=False)  # (block_size, D)
-            self.register_buffer("sin", torch.cat((-angles.sin(), angles.sin()), dim=1), persistent=False)
+        if c.pos == "rope":
+            frequencies = c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
+            angles = torch.outer(torch.arange(c.block_size), frequencies)[:, None]
+            cos, sin = angles.cos(), angles.sin()  # (T, 1, D / 2)
+            self.register_buffer("cos", torch.cat((cos, cos), dim=-1), persistent=False)
+            self.register_buffer("sin", torch.cat((-sin, sin), dim=-1), persistent=False)
         self.checkpoint_activations = False
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """Start where the first loss is ln(V): an untied head, and each block's two outputs, at zero; a tied head
-        small, with the 2 n_layer outputs that add up in the stream scaled down by sqrt(2 n_layer), as in GPT-2."""
+        """Start where the first loss is ln(V): an untied head, and each block's outputs, at zero;
+        a tied head small, and the 2 n_layer outputs scaled by (2 n_layer)^-0.5, as in GPT-2."""
         c = self.config
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -548,998 +606,999 @@ class GPT(nn.Module):
             for output in (block.attn.out, block.mlp.down):
                 output.weight.mul_((2 * c.n_layer) ** -0.5 if c.tie else 0.0)
         if not c.tie:
-            self.head.weight.zero_()
-
-    def new_cache(self, B):
-        c = self.config
-        return Cache(self.embed.weight.new_empty(c.n_layer, 2, B, c.n_kv_head, c.block_size, c.head_dim))
+            nn.init.zeros_(self.head.weight)
 
     def forward(self, idx, targets=None, cache=None, last=False):
-        """idx (B, T) int64 -> (logits, loss). With targets (B, T), logits is None and loss the mean in nats, over
-        targets that are not -1. Without, loss is None and logits (B, T, V), or (B, 1, V) if `last`. With a cache, idx
-        are the tokens after those that it holds."""
-        start, lengths = (cache.length, cache.lengths) if cache else (0, None)
-        T = idx.size(1)
-        at = slice(start, start + T) if lengths is None else lengths[:1].long() - 1  # the positions of idx
+        """With a cache, idx are the tokens after those that it holds. `last`: (B, 1, V) logits."""
+        start = cache.length if cache else 0
+        stop = start + idx.size(1)
         x = self.embed(idx)  # (B, T, C)
         if self.positions is not None:
-            x = x + self.positions.weight[at]
+            x = x + self.positions.weight[start:stop]
         x = self.dropout(x)
-        rotary = (self.cos[at], self.sin[at]) if self.config.pos == "rope" else None
-        for i, block in enumerate(self.blocks):
+        rope = (self.cos[start:stop], self.sin[start:stop]) if self.config.pos == "rope" else None
+        for block in self.blocks:
             if self.checkpoint_activations and self.training:
-                x = torch.utils.checkpoint.checkpoint(block, x, rotary, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(block, x, rope, use_reentrant=False)
             else:
-                x = block(x, rotary, cache.kv[i] if cache else None, at, lengths)
+                x = block(x, rope, cache)
         if cache:
-            cache.length += T
+            cache.length = stop
         if targets is not None:
-            return None, head_loss(self.norm(x), self.head.weight, targets)
-        return self.head(self.norm(x[:, -1:] if last else x)), None
+            return next_token_loss(self.norm(x), self.head.weight, targets)
+        return self.head(self.norm(x[:, -1:] if last else x))
 
 class Bigram(nn.Module):
-    """The simplest language model: row i of a table holds the logits of what follows token i. It sees nothing else."""
+    """The simplest language model: row i of a table holds the logits of what follows token i."""
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.table = nn.Embedding(config.vocab_size, config.vocab_size)
         nn.init.zeros_(self.table.weight)
 
-    def new_cache(self, B):
-        return Cache(self.table.weight)
-
     def forward(self, idx, targets=None, cache=None, last=False):
-        logits = self.table(idx[:, -1:] if last else idx)  # (B, T, V)
+        logits = self.table(idx[:, -1:] if last else idx)
         if cache:
             cache.length += idx.size(1)
-        if targets is None:
-            return logits, None
-        return None, logits_loss(logits.flatten(0, 1), targets.flatten())
-
-def head_loss(x, weight, targets):
-    """Mean cross-entropy of x (B, T, C) @ weight^T (C, V) against targets (B, T), of which -1 do not count: minus the
-    log of the probability given to the token that came. 0 is certainty, ln(V) is knowing nothing."""
-    x, targets = x.flatten(0, 1), targets.flatten()
-    if not NO_KERNELS:
-        return kernels.linear_cross_entropy(x, weight, targets, ignore_index=-1)  # never holds all the logits
-    return logits_loss(F.linear(x, weight), targets)
-
-def logits_loss(logits, targets):
-    """Mean cross-entropy of logits (N, V) against targets (N,), computed in float32 at least."""
-    return F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, targets, ignore_index=-1)
+        return logits if targets is None else next_token_loss(logits, None, targets)
 
 def build(config):
     return GPT(config) if config.n_layer else Bigram(config)
 
-def count(model):
+def count_parameters(model):
     return sum(p.numel() for p in model.parameters())
 
-# --- Data ------------------------------------------------------------------------------------------------------------
-# A text is one long row of tokens on the disk; section Text into tokens makes it. A step of training looks at windows
-# of it here and there, an evaluation at all of it, window by window.
+# --- Data ----------------------------------------------------------------------------------------
+# Text is read in pieces, cut into tokens once, and kept on disk as one long row of whole numbers.
+# A step of training looks at windows of it here and there, an evaluation goes through them all.
 
-def split(tokens):
-    """The first nine tenths train, the rest validates; too little text to validate on gives an empty second part."""
-    n = max(2, int(0.9 * len(tokens)))
-    return tokens[:n], tokens[n:]
+SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+               "input.txt", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
 
-def training_windows(tokens, T, shape, rank, seed, step):
-    """This process's windows (accum x batch, T + 1) of one step: T inputs each, which shifted by one are the targets.
-    `shape` is (accum, processes, batch). A run's n-th window begins at n times the golden ratio, as a share of the text
-    with whole numbers dropped: wherever a run stops, its windows lie nearly evenly, where random ones leave gaps. The
-    seed shifts them all. So no run has to remember where it was."""
-    n, shift = math.prod(shape), seed * 2 ** 0.5 % 1
-    places = (torch.arange(step * n, step * n + n, dtype=torch.float64) * 0.6180339887498949 + shift) % 1
-    starts = (places * (len(tokens) - T)).long().view(shape)[:, rank].flatten()
-    return torch.stack([tokens[i:i + T + 1] for i in starts.tolist()]).long()
+def cache_folder():
+    """$GPT_CACHE, else ~/.cache/gpt; where that cannot be written, a temporary one."""
+    try:
+        folder = Path(os.environ.get("GPT_CACHE") or Path.home() / ".cache" / "gpt")
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        return folder
+    except (OSError, RuntimeError) as e:  # RuntimeError: a user without a home
+        folder = Path(tempfile.mkdtemp(prefix="gpt-"))
+        notice(f"no cache folder can be written ({first_line(e)}); tokens are kept in {folder}")
+        return folder
+
+def download(url, path, sha256=None):
+    """Fetch an address into a file, once."""
+    if not path.exists():
+        notice(f"downloading {url}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), sha256, sys.stderr is not None)
+        except Exception as e:  # no network, no such address, another file than expected
+            raise Error(f"{url} could not be downloaded ({first_line(e)}); "
+                        f"put the file there yourself: {path}") from None
+    return path
+
+def find_files(name):
+    """The files that one name in `data` stands for; those of folders and globs are sorted."""
+    path = Path(name).expanduser()
+    beside = Path(globals().get("__file__", ".")).parent / "input.txt"
+    if re.match(r"https?://", name):
+        unique = hashlib.sha256(name.encode()).hexdigest()[:16]
+        return [download(name, cache_folder() / f"{unique}-{path.name.split('?')[0]}")]
+    if not name:
+        raise Error("data is an empty name")
+    if os.path.isfile(path):
+        return [path]
+    if os.path.isdir(path):
+        inside = [p.relative_to(path) for p in sorted(path.rglob("*")) if p.is_file()]
+        found = [path / p for p in inside if p.suffix.lower() == ".txt"
+                 and not any(part.startswith(".") for part in p.parts)]
+        if not found:
+            raise Error(f"{name}: there is no .txt file in this folder")
+        return found
+    if os.path.exists(path):
+        raise Error(f"{name} is a pipe or a device: save the text in a file first")
+    if found := sorted(p for p in glob.glob(str(path), recursive=True) if os.path.isfile(p)):
+        return [Path(p) for p in found]
+    if name == "input.txt" and beside.is_file():
+        return [beside]
+    if name == "input.txt":
+        notice("there is no input.txt here: using Tiny Shakespeare instead")
+        return [download(SHAKESPEARE[0], cache_folder() / "tinyshakespeare.txt", SHAKESPEARE[1])]
+    raise Error(f"{quote(name)}: no such file, and no file matches it")
+
+def read_documents(path, size):
+    """Each document of a file, as an iterator over blocks of text: a .jsonl has one a line."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        if path.suffix.lower() != ".jsonl":
+            yield iter(lambda: file.read(size), "")
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    text = json.loads(line)
+                    text = text["text"].encode("utf-16", "surrogatepass")
+                except KeyError:
+                    raise Error(f"{path}: line {number} has no `text`: {quote([*text])}") from None
+                except (ValueError, TypeError, AttributeError, RecursionError):
+                    raise Error(f"{path}: line {number} is no JSON object with a `text`") from None
+                yield [text.decode("utf-16", "replace")]
+
+WORD_END = re.compile(r"(?s).*[^\W_](?=\s)")  # greedy: the last in a text
+
+def read_pieces(paths, size=1 << 17):
+    """The text in pieces of about `size` characters, and None between documents. A piece ends
+    between a letter or digit and the white space after it, where no tokenizer joins anything;
+    where there is no such place in twice the size, anywhere."""
+    first = True
+    for path in paths:
+        try:
+            for document in read_documents(path, size):
+                if not first:
+                    yield None
+                first, rest = False, ""
+                for block in document:
+                    rest += block
+                    end = WORD_END.match(rest)
+                    if end or len(rest) >= 2 * size:
+                        cut = end.end() if end else len(rest)
+                        yield rest[:cut]
+                        rest = rest[cut:]
+                yield rest
+        except UnicodeDecodeError as e:
+            raise Error(f"{path}: not UTF-8 text ({e.reason})") from None
+        except OSError as e:
+            raise Error(f"{path}: {e.strerror}") from None
+
+# ids (N,) are on disk; the fingerprint is theirs, whatever the files are called
+Tokens = namedtuple("Tokens", "ids tokenizer fingerprint files text_bytes")
+
+def load_tokens(data, tokenizer="char", vocab_size=0):
+    """Tokenise files, or find that it was done before. `tokenizer`: one, or the kind to make."""
+    paths = list(itertools.chain.from_iterable(find_files(name) for name in data))
+    files = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    what = [tokenizer, vocab_size] if isinstance(tokenizer, str) else tokenizer.state()
+    key = hashlib.sha256(json.dumps([FORMAT, files, what]).encode()).hexdigest()[:32]
+    folder = cache_folder()
+    about, binary = folder / f"{key}.json", folder / f"{key}.bin"
+    try:
+        known = json.loads(about.read_text("utf-8"))
+        complete = binary.stat().st_size == known["count"] * known["width"]
+    except (OSError, ValueError, KeyError):
+        complete = False
+    if not complete:
+        if isinstance(tokenizer, str):
+            texts = (text for text in read_pieces(paths) if text is not None)
+            tokenizer = TOKENIZERS[tokenizer].train(texts, vocab_size)
+        known = write_tokens(read_pieces(paths), tokenizer, binary)
+        with atomic(about) as file:
+            file.write(json.dumps(known | {"tokenizer": tokenizer.state()}).encode())
+    elif isinstance(tokenizer, str):
+        tokenizer = tokenizer_from(known["tokenizer"])
+    if known["count"] < 2:
+        raise Error(f"{', '.join(data):.100}: too little text, {known['count']} tokens")
+    dtype = torch.uint16 if known["width"] == 2 else torch.int32
+    ids = torch.from_file(str(binary), shared=False, size=known["count"], dtype=dtype)
+    return Tokens(ids, tokenizer, known["fingerprint"], len(paths), known["text_bytes"])
+
+def write_tokens(pieces, tokenizer, path):
+    """Write the ids of all pieces into a file -> what load_tokens must know of it."""
+    width = 2 if len(tokenizer.tokens) <= 1 << 16 else 4
+    dtype = torch.int16 if width == 2 else torch.int32  # the bits of uint16, but sooner made
+    digest, count, text_bytes, progress = hashlib.sha256(), 0, 0, Progress("tokenising")
+
+    between = torch.tensor([] if tokenizer.eot is None else [tokenizer.eot], dtype=torch.int32)
+
+    def encode(batch):
+        ids = torch.cat([between if text is None else tokenizer.encode(text) for text in batch])
+        raw = bytearray(width * len(ids))
+        if raw:
+            torch.frombuffer(raw, dtype=dtype).copy_(ids)
+        return raw
+
+    batches = batch_pieces(pieces)
+    with atomic(path) as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+        while several := list(itertools.islice(batches, 2 * os.cpu_count())):
+            for raw in pool.map(encode, several):
+                digest.update(raw)
+                file.write(raw)
+                count += len(raw) // width
+            text_bytes += sum(len(text.encode()) for batch in several for text in batch if text)
+            progress.say(f"{count / 1e6:.0f} million tokens so far")
+    return {"count": count, "width": width, "text_bytes": text_bytes,
+            "fingerprint": digest.hexdigest()}
+
+def batch_pieces(pieces, size=1 << 17):
+    """Lists of pieces with about `size` characters together, however short a document is."""
+    batch, characters = [], 0
+    for text in pieces:
+        batch.append(text)
+        characters += len(text or "")
+        if characters >= size:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+def split(ids):
+    """The first nine tenths train, the rest validates; that may be empty."""
+    n = max(2, int(0.9 * len(ids)))
+    return ids[:n], ids[n:]
+
+def get_batch(ids, T, shape, rank, seed, step):
+    """This process's windows (accum x batch, T + 1) of a step: T inputs, which shifted by one are
+    the targets. `shape`: (accum, processes, batch). The n-th window of a run begins at n times
+    the golden ratio, modulo the text (a Weyl sequence): wherever a run stops, its windows lie
+    nearly evenly, where random ones leave gaps. The seed shifts them all."""
+    n = math.prod(shape)
+    places = torch.arange(step * n, step * n + n, dtype=torch.float64) * 0.6180339887498949
+    starts = ((places + seed % 2 ** 32 * 2 ** 0.5 % 1) % 1 * (len(ids) - T)).long()
+    starts = starts.view(shape)[:, rank].flatten()
+    return torch.stack([ids[i:i + T + 1] for i in starts.tolist()]).long()
 
 @torch.no_grad()
-def mean_loss(model, tokens, stride=None, batch_size=32, limit=None):
-    """Mean loss in nats over a text (N,), each of its N - 1 predictions once: windows of block_size, every `stride`
-    tokens; after the first, a window counts only what the one before it has not. At most `limit`, evenly spread."""
-    T, N = model.config.block_size, len(tokens)
-    T = min(T, N - 1)
+def estimate_loss(model, ids, stride=None, batch_size=32, limit=None):
+    """Mean loss in nats over a text (N,), each of its N - 1 predictions once -> (loss, how many).
+    Windows of block_size begin every `stride` tokens; after the first, one counts only what the one
+    before it has not. `limit`: look at about so many tokens, in windows that lie evenly."""
+    T = min(model.config.block_size, len(ids) - 1)
     stride = min(stride or T, T)
-    starts = torch.arange(0, max(1, N - 1 - T + stride), stride)
-    if limit and len(starts) > limit:
-        starts = starts[torch.linspace(0, len(starts) - 1, limit).long()]
+    starts = torch.arange(0, max(1, len(ids) - 1 - T + stride), stride)
+    if limit and len(starts) > max(1, limit // T):
+        starts = starts[torch.linspace(0, len(starts) - 1, max(1, limit // T)).long()]
     device, training, total, counted = next(model.parameters()).device, model.training, 0.0, 0
     model.eval()
-    for start in starts.split(batch_size):
-        ids = [tokens[i:i + T + 1].long() for i in start.tolist()]
-        ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)  # the last may be shorter
-        targets = ids[:, 1:].clone()
-        targets[start > 0, :T - stride] = -1
+    for batch in starts.split(batch_size):
+        windows = [ids[i:i + T + 1].long() for i in batch.tolist()]
+        windows = nn.utils.rnn.pad_sequence(windows, batch_first=True, padding_value=-1)
+        targets = windows[:, 1:].clone()
+        targets[batch > 0, :T - stride] = -1
         n = int((targets >= 0).sum())
-        total += model(ids[:, :-1].clamp(min=0).to(device), targets.to(device))[1].item() * n
+        total += n * model(windows[:, :-1].clamp(min=0).to(device), targets.to(device)).item()
         counted += n
     model.train(training)
     return total / counted, counted
 
-# --- Training --------------------------------------------------------------------------------------------------------
-# Look at a few windows of the text, measure the loss of every prediction in them, step against its gradient; again.
+# --- Training ------------------------------------------------------------------------------------
+# Look at a few windows of the text, measure the loss of every prediction in them, step against its
+# gradient; again.
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: for a matrix with singular values S in U S V^T, step along U V^T, which moves all its
-    directions equally. Newton-Schulz iterations find U V^T by products alone (Jordan et al., 2024,
-    kellerjordan.github.io/posts/muon). Matrices of one shape are stacked and go through them together."""
-    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0):
+    """Momentum, orthogonalised (Jordan et al., 2024, kellerjordan.github.io/posts/muon): for a
+    matrix with singular values S in U S V^T, step along U V^T, which moves all its directions
+    equally. Matrices of one shape are stacked and go through it together."""
+    def __init__(self, params, lr, momentum, weight_decay):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            shapes = defaultdict(list)
-            for p in group["params"]:
-                shapes[p.shape].append(p)
-            for (rows, columns), params in shapes.items():
-                grad = torch.stack([p.grad for p in params])
-                state = self.state[params[0]]
-                momentum = state["momentum"] = state["momentum"] if state else torch.zeros_like(grad)
-                momentum.lerp_(grad, 1 - group["momentum"])
-                update = orthogonalise(grad.lerp(momentum, group["momentum"]))  # Nesterov: look ahead by one step
-                lr = group["lr"] * max(1, rows / columns) ** 0.5
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(update.to(params[0].dtype).unbind()), alpha=-lr)
+        group, shapes = self.param_groups[0], defaultdict(list)
+        for p in group["params"]:
+            shapes[p.shape].append(p)
+        for (rows, columns), params in shapes.items():
+            grad = torch.stack([p.grad for p in params])
+            state = self.state[params[0]]
+            if not state:
+                state["momentum"] = torch.zeros_like(grad)
+            momentum = state["momentum"].lerp_(grad, 1 - group["momentum"])
+            nesterov = grad.lerp(momentum, group["momentum"])
+            update = orthogonalise(nesterov).to(grad.dtype)
+            lr = group["lr"] * max(1, rows / columns) ** 0.5
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, list(update.unbind()), alpha=-lr)
 
 def orthogonalise(x, steps=5):
-    """x (n, rows, columns) -> about the nearest matrices with all singular values 1 (they end between 0.7 and 1.2)."""
+    """x (n, rows, columns) -> about the nearest matrices whose singular values are all 1 (they end
+    between 0.7 and 1.2), by Newton-Schulz: x <- 3.44 x - 4.78 (x x^T) x + 2.03 (x x^T)^2 x."""
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     if x.is_cuda:  # no element is above 1 any more, so float16 will do where bfloat16 is slow
-        x = x.to(torch.bfloat16 if torch.cuda.get_device_capability(x.device) >= (8, 0) else torch.float16)
+        modern = torch.cuda.get_device_capability(x.device) >= (8, 0)
+        x = x.to(torch.bfloat16 if modern else torch.float16)
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
-    for _ in range(steps):  # x <- 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x moves singular values towards 1
+    for _ in range(steps):
         xx = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(xx, xx, xx, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.mT if tall else x
 
 def make_optimizers(model, s):
     """Muon for the blocks' matrices, AdamW for embeddings, head and vectors; or AdamW for all."""
-    blocks = model.blocks.parameters() if s.optimizer == "muon" and model.config.n_layer else []
-    hidden = [p for p in blocks if p.dim() == 2]
+    muon = s.optimizer == "muon" and model.config.n_layer > 0
+    hidden = [p for p in model.blocks.parameters() if p.dim() == 2] if muon else []
     rest = [p for p in model.parameters() if all(p is not h for h in hidden)]
     groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": s.weight_decay},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
-    betas = (0.8, 0.95) if hidden else (0.9, 0.95)
-    fused = rest[0].device.type != "mps"
-    adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=s.lr, betas=betas, fused=fused)
-    optimizers = [adamw] + ([Muon(hidden, 10 * s.lr, s.momentum, s.weight_decay)] if hidden else [])
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
+    betas, fused = (0.8 if muon else 0.9, 0.95), rest[0].device.type != "mps"
+    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], s.lr, betas, fused=fused)]
+    if muon:
+        optimizers.append(Muon(hidden, 10 * s.lr, s.momentum, s.weight_decay))
+    for group in param_groups(optimizers):
+        group["peak"] = group["lr"]
     return optimizers
 
+def param_groups(optimizers):
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
 def lr_share(step, progress, warmup):
-    """The learning rate as a share of its peak: up over `warmup` steps, then down in a line to zero at the end."""
+    """The learning rate as a share of its peak: up over `warmup` steps, then in a line to zero."""
     return min(1.0, (step + 1) / (warmup + 1)) * max(0.0, 1.0 - progress)
 
 def pick_device(name):
     """auto -> cuda, mps or cpu, in that order."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     try:
-        device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
-        torch.zeros(1, device=device)
+        return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as e:
-        raise Error(f"--device {name} cannot be used: {str(e).splitlines()[0]}") from None
-    return device
+        raise Error(f"device {quote(name)} cannot be used: {first_line(e)}") from None
 
 def pick_dtype(name, device):
     """auto -> the precision that this device is fast in, and why."""
     if name == "float64" and device.type == "mps":
-        raise Error("--dtype float64: MPS does not have it")
+        raise Error("dtype float64: MPS does not have it")
     if name != "auto":
         return getattr(torch, name), "as asked"
     if device.type != "cuda" or torch.version.hip:
-        amx = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")
-        return torch.float32, f"auto on {device.type}" + ", whose AMX units multiply in bfloat16" * bool(amx)
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        amx = device.type == "cpu" and capabilities.get("amx_bf16")
+        note = ", whose AMX units multiply in bfloat16" if amx else ""
+        return torch.float32, f"auto on {device.type}{note}"
     major, minor = torch.cuda.get_device_capability(device)
-    dtype = torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else torch.float32
-    return dtype, f"auto on compute capability {major}.{minor}"
+    dtype = torch.float16 if major == 7 else torch.bfloat16 if major >= 8 else torch.float32
+    return dtype, f"auto on compute capability {major}.{minor}"  # before 8.0 bfloat16 is emulated
 
 def precision(device, dtype):
-    """Matrix products in `dtype`, the rest as autocast knows to be safe; float32 and float64 as they are."""
+    """Matrix products in `dtype`, the rest as autocast knows to be safe."""
     half = dtype in (torch.float16, torch.bfloat16)
     return torch.autocast(device.type, dtype) if half else contextlib.nullcontext()
 
 @contextlib.contextmanager
-def listening(run):
-    """Ctrl-C or SIGTERM: finish the step and save. A second one leaves at once."""
+def interruptible():
+    """Yields a list that Ctrl-C, SIGTERM and SIGHUP (a closed terminal) are put into, so that a run
+    can finish its step and save. A second one leaves at once."""
+    received, before = [], {}
+
     def stop(number, frame):
-        run.signal = number
-        signal.signal(number, handlers[number])
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    handlers = {number: signal.signal(number, stop) for number in numbers}
+        received.append(number)
+        signal.signal(number, before[number])
+
+    if threading.current_thread() is threading.main_thread():
+        for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:
+            before[getattr(signal, name)] = signal.getsignal(getattr(signal, name))
+    before = {number: handler for number, handler in before.items() if handler is not None
+              and (handler != signal.SIG_IGN or number == signal.SIGINT)}  # None: the host's own
+    for number in before:
+        signal.signal(number, stop)
     try:
-        yield
+        yield received
     finally:
-        for number, handler in handlers.items():
+        for number, handler in before.items():
             signal.signal(number, handler)
 
-def train(on_eval=None, started=None, **given):
-    """Train a model. Keyword arguments are the flags of `python gpt.py train`; returns the last metrics as a dict.
-    `on_eval(run)` (`watch`, unless probe="") is called after every evaluation, at up to twenty even distances,
-    and at steps 1, 2, 4, 8, ...; time counts from `started`."""
-    given = check(given, Config, Training)
-    if {"steps", "minutes"} <= given.keys():
-        raise Error("--steps and --minutes: give one of them")
+@contextlib.contextmanager
+def processes(device):
+    """Join the other processes that torchrun started -> (rank, how many)."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        yield 0, 1
+        return
+    if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise Error("WORLD_SIZE is set without RANK and MASTER_ADDR: unset it, or use torchrun")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # torchrun's store outlives a restart: under a prefix no process finds a dead one's address
+    store = dist.PrefixStore(RESTARTS, next(dist.rendezvous("env://"))[0])
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                            world_size=world, timeout=timedelta(days=1))  # the first may tokenise
+    try:
+        yield rank, world
+    except RuntimeError as e:
+        raise Error(f"process {rank} cannot go on; did another die? {first_line(e)}", 1) from None
+    finally:
+        dist.destroy_process_group()
+
+RESTARTS = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's
+MAY_CHANGE = {"out", "resume", "overwrite", "data", "steps", "minutes", "device", "dtype",
+              "attention", "compile", "checkpoint_activations", "eval_every", "probe"}  # resuming
+LOOKS = 20  # at even distances in a run, besides those at steps 0, 1, 2, 4, 8, ...
+
+@command(Training)
+def train(s):
+    """train a model"""
+    out, device, before = Path(s.out), pick_device(s.device), torch.get_float32_matmul_precision()
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError, AttributeError, TypeError):  # Linux: keep freed memory for the next step,
-            libc = ctypes.CDLL(None)                                   # instead of asking the kernel for it anew
-            libc.mallopt(-1, 1 << 30), libc.mallopt(-3, 1 << 25)       # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        run = Run(given, started or time.monotonic(), stack)
-        stack.enter_context(listening(run))
-        try:
-            return run.loop(on_eval or (watch if run.s.probe != "" else None))
-        except RuntimeError as e:
-            if run.world == 1:
-                raise
-            raise Error(f"process {run.rank} cannot go on; perhaps another one has died ({first_line(e)})", 1) from None
+        rank, world = stack.enter_context(processes(device))
+        signals = stack.enter_context(interruptible())
+        with contextlib.suppress(OSError, AttributeError, TypeError):
+            # Linux's malloc keeps what is freed, instead of asking for it anew: 11 % faster
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+            libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
+        if rank == 0:
+            stack.enter_context(locked(out))
+        if s.dtype == "auto":
+            # On a CPU "medium" lets oneDNN multiply instead of MKL: float32 all the same, except
+            # with AMX units, which take bfloat16, and faster. On a GPU "high" is TF32.
+            stack.callback(torch.set_float32_matmul_precision, before)
+            torch.set_float32_matmul_precision("medium" if device.type == "cpu" else "high")
+        held = (out / "ckpt.pt").exists() or (out / "best.pt").exists()
+        checkpoint = tokenizer = weights = None
+        if s.resume or held and RESTARTS != "0":
+            checkpoint = read_checkpoint(out / "ckpt.pt")
+            s, weights = resumed(s, checkpoint), checkpoint["model"]
+            tokenizer = tokenizer_from(checkpoint["tokenizer"])
+        elif held and not s.overwrite:
+            raise Error(f"{out} holds a run: --resume goes on with it, --out OTHER starts another "
+                        "beside it, --overwrite replaces it")
+        elif s.init:
+            model, tokenizer = load_model(s.init)
+            s, weights = fine_tuned(s, model.config, tokenizer), model.state_dict()
+        run = Run(s, device, rank, world, signals)
+        run.prepare(tokenizer, weights)
+        if checkpoint:
+            run.restore(checkpoint)
+        if rank == 0:
+            run.clean_folder()
+        return run.loop()
+
+def resumed(s, checkpoint):
+    """The settings of a run that goes on: its own, and what may change."""
+    settings, step = checkpoint["settings"], checkpoint["step"]
+    for name in s.given.keys() - MAY_CHANGE:
+        if s.given[name] != settings.get(name):
+            raise Error(f"resume: the run in {s.out} has {name} {settings.get(name)}, "
+                        f"not {quote(s.given[name])}")
+    if s.given.get("steps", step) < step:
+        raise Error(f"resume: the run in {s.out} is at step {step} already; steps must be more")
+    if s.given.keys() & {"steps", "minutes"}:
+        settings |= {"steps": None, "minutes": None}
+    return Training(**(settings | s.given))
+
+def fine_tuned(s, config, tokenizer):
+    """The settings of a run that starts from the weights of another model: that model's shape."""
+    need_tokenizer(tokenizer, s.init)
+    shape = asdict(config) | {"dropout": s.given.get("dropout", 0.0)}
+    for name in s.given.keys() & shape.keys():
+        if s.given[name] != shape[name]:
+            raise Error(f"init {s.init} has {name} {shape[name]}, not {s.given[name]}")
+    return Training(**(asdict(s) | shape | {"lr": s.given.get("lr", s.lr / 10)}))
 
 class Run:
-    """A training run. `loop` says what it does; the methods after it say how; those before it make it ready."""
+    """A training run. `loop` says what it does; the methods before it make it ready."""
+    def __init__(self, s, device, rank, world, signals):
+        self.s, self.out, self.device = s, Path(s.out), device
+        self.rank, self.world, self.signals = rank, world, signals
+        self.started = self.saved_at = getattr(train, "started", None) or time.monotonic()
+        self.step, self.begun_at, self.looked, self.seconds_before = 0, 0, -1, 0.0
+        self.best, self.val_loss = math.inf, None
+        self.last = {"train_loss": None, "lr": 0.0, "grad_norm": None}
+        self.skipped = self.worse = self.warned = self.logged = self.busy = 0
+        self.looking = self.reserve = 0.0  # seconds of all looks, and of one and the end
 
-    def __init__(self, given, started, stack):
-        self.out, self.started, self.signal, self.saved_at = Path(given.get("out", "out")), started, 0, time.monotonic()
-        self.step, self.skipped, self.busy, self.reserve, self.seconds_before = 0, 0, 0.0, 0.0, 0.0
-        self.history, self.last, self.notes = [], {"train_loss": None, "lr": 0.0, "grad_norm": None}, {}
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = pick_device(given.get("device", "auto"))
-        if self.world > 1:
-            # torchrun's store outlives restarts: without a prefix, a process may find there the address of a dead one.
-            store, rank, world = next(dist.rendezvous("env://"))
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)
-            backend, patience = "nccl" if self.device.type == "cuda" else "gloo", timedelta(days=1)  # to tokenise
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
-            stack.callback(dist.destroy_process_group)
+    def prepare(self, tokenizer, weights):
+        """Read the data and make the model, with the tokenizer and weights if they are given."""
+        s = self.s
+        self.read_data(tokenizer)
+        self.dtype, why = pick_dtype(s.dtype, self.device)
+        torch.manual_seed(s.seed)
+        self.model = build(Config.pick(asdict(s)))  # what is evaluated, looked into and saved
+        self.model.to(self.device, torch.float64 if self.dtype == torch.float64 else torch.float32)
+        if weights:
+            self.model.load_state_dict(weights)
+        self.model.checkpoint_activations = s.checkpoint_activations
+        attention = choose_attention(self.model, s.attention, self.dtype, s.batch_size)
+        self.optimizers = make_optimizers(self.model, s)
+        # float16 loses small gradients: the loss is multiplied before the backward pass
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.forward = self.model
+        seconds = self.rehearse()
+        steps = s.steps or max(1, int(60 * s.minutes / seconds))
+        seen = steps * self.tokens_per_step
+        most = 1 << (15 if self.device.type == "cpu" else 18)
+        self.eval_tokens = max(self.T, min(seen // 600, most))
         if self.rank == 0:
-            stack.enter_context(locked(self.out))
-        settings, checkpoint, weights, tokenizer = settle(given, self.device)
-        config, training = parts(settings, Config, Training)
-        self.s = Training(**training)
-        if self.s.dtype == "auto":
-            # On a CPU "medium" lets oneDNN multiply matrices instead of MKL: twice as fast on AMD, and float32 all the
-            # same, except with AMX units, which take bfloat16. On a GPU "high" is TF32.
-            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-            torch.set_float32_matmul_precision("medium" if self.device.type == "cpu" else "high")
-        self.read_data(config, tokenizer, new=weights is None)
-        if checkpoint and checkpoint["data"]["fingerprint"] != self.fingerprint:
-            raise Error(f"--resume: the run in {self.out} was trained on other data than {', '.join(self.s.data)}")
-        self.make_model(Config(**config), weights)
-        if checkpoint:
-            self.restore(checkpoint)
-            if self.s.steps and self.step >= self.s.steps and self.rank == 0:
-                notice(f"this run is complete; --resume --steps N, with N above {self.step}, makes it longer")
-        if self.rank == 0:
-            for name in ("best.pt", "ckpt.pt", "ckpt.prev.pt") if not checkpoint else ():
-                (self.out / name).unlink(missing_ok=True)
-            for name in ("log.jsonl", "probe.jsonl"):
-                keep_lines(self.out / name, self.step + self.evaluated())
-        self.progress = max(0, self.step - 1) / self.s.steps if self.s.steps else 0.0
-        self.begun, self.logged = (self.progress, time.monotonic()), (self.step, 0.0)
+            text, times = self.text, seen / len(self.train_ids)
+            files = f"{text.files} file" + ("s" if text.files > 1 else "")
+            say(f"{', '.join(s.data):.60}: {text.text_bytes / 1e6:,.2f} MB in {files}, "
+                f"{len(text.ids):,} tokens; training reads nine tenths, {times:.2g} times, "
+                f"in about {steps:,} steps")
+            say(f"{self.device}, {str(self.dtype)[6:]} ({why}), {attention}")
+            nothing = f": knowing nothing is a loss of {math.log(s.vocab_size):.2f}"
+            say(f"{count_parameters(self.model):,} parameters, {s.vocab_size:,} tokens in the "
+                f"vocabulary{'' if s.init else nothing}")
+            if s.steps and steps * seconds > 600:
+                notice(f"a step takes about {seconds:.1f} s, this run {steps * seconds / 60:,.0f} "
+                       "minutes; --minutes M makes one that ends in time")
 
-    def read_data(self, config, tokenizer, new):
+    def read_data(self, tokenizer):
         s = self.s
         if self.rank:  # the first process tokenises; the others wait, and find it done
             dist.barrier()
-        asked = config.get("vocab_size", 0)
-        tokens, self.tokenizer, self.fingerprint = load_tokens(s.data, tokenizer or s.tokenizer, asked)
-        if self.world > 1 and self.rank == 0:
+        self.text = load_tokens(s.data, tokenizer or s.tokenizer, s.vocab_size)
+        if self.world > 1 and not self.rank:
             dist.barrier()
-        self.train_tokens, self.val_tokens = split(tokens)
-        V, block_size = len(self.tokenizer.tokens), config.get("block_size", Config.block_size)
-        self.T = min(block_size, len(self.train_tokens) - 1)
-        if self.T < block_size:
-            notice(f"the text has {len(self.train_tokens)} tokens to train on, so the context shrinks to {self.T}")
-        if len(self.val_tokens) < 2 and self.rank == 0:
-            notice("the text is too short to keep a tenth of it for validation")
-        if asked and asked != V:
-            if tokenizer or s.tokenizer != "bpe":
-                raise Error(f"--vocab-size {asked}: this tokenizer has {V} tokens")
-            notice(f"the text has no more pairs to join: the vocabulary ends at {V}")
-        if new:
-            config.update(vocab_size=V, block_size=self.T)
+        self.tokenizer, V = self.text.tokenizer, len(self.text.tokenizer.tokens)
+        self.train_ids, self.val_ids = split(self.text.ids)
+        self.T = min(s.block_size, len(self.train_ids) - 1)
+        if s.vocab_size not in (0, V) and (tokenizer or s.tokenizer != "bpe"):
+            raise Error(f"vocab_size {s.vocab_size}: this tokenizer has {V} tokens")
+        if s.vocab_size > V:
+            self.notice(f"the text has no more pairs to join: the vocabulary ends at {V}")
+        if self.T < s.block_size:
+            self.notice(f"the text is short: the context shrinks to {self.T} tokens")
+        if len(self.val_ids) < 2:
+            self.notice("the text is too short to keep a tenth of it for validation")
+        s.vocab_size = V
+        s.block_size = s.block_size if tokenizer else self.T
+        self.tokens_per_step = s.batch_size * s.accum * self.world * self.T
+        if not s.steps and s.minutes is None:
+            times = 16 if s.dropout else 5  # more than that it would learn the text by heart
+            enough = math.ceil(times * len(self.train_ids) / self.tokens_per_step)
+            s.steps = min(STEPS.get(s.size, 20000), max(100, enough))
 
-    def make_model(self, config, weights):
-        s = self.s
-        torch.manual_seed(s.seed)
-        self.raw = build(config)
-        if weights:
-            self.raw.load_state_dict(weights)
-        self.dtype, why = pick_dtype(s.dtype, self.device)
-        self.raw.to(self.device, torch.float64 if self.dtype == torch.float64 else torch.float32)
-        self.raw.checkpoint_activations = s.checkpoint_activations
-        attention = use_attention(self.raw, s.attention, self.dtype)
-        self.optimizers = make_optimizers(self.raw, s)
-        # float16 loses small gradients: the loss is multiplied before the backward pass, the gradients divided after it
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.micro = s.batch_size  # sequences in one forward pass
-        self.model = self.raw
-        if s.compile == "on" or (s.compile == "auto" and self.device.type == "cuda"):
-            x = self.windows(0)[:s.batch_size, 1:].to(self.device).contiguous()
-            self.model = compiled(self.raw, x, precision(self.device, self.dtype))
-        if self.world > 1:
-            self.model = nn.parallel.DistributedDataParallel(self.model)
-        if self.rank == 0:
-            V = config.vocab_size
-            say(f"{self.device}, {str(self.dtype)[6:]} ({why}), {attention}\n{count(self.raw):,} parameters, {V:,} "
-                f"tokens in the vocabulary: a model that knows nothing has a loss of {math.log(V):.2f}")
+    def rehearse(self):
+        """Passes forward and back that change nothing -> the seconds that a step will take. They
+        compile the model, if it is to be; where that fails, training does without."""
+        rows = get_batch(self.train_ids, self.T, (1, 1, self.s.batch_size), 0, 0, 0)
+        wanted, seconds = self.s.compile, 0
+        if wanted == "on" or wanted == "auto" and self.device.type == "cuda":
+            try:
+                self.forward = torch.compile(self.model)
+                self.backward(rows)
+            except Exception as e:  # a compiler may fail in any way
+                self.notice(f"torch.compile does not work here ({first_line(e)}); going on without")
+                self.forward = self.model
+        for _ in range(3):
+            begun = time.monotonic()
+            self.backward(rows)
+            self.model.zero_grad()
+            seconds = time.monotonic() - begun
+            if seconds > 20 or self.signals:
+                break
+        return seconds * self.s.accum
 
     def restore(self, checkpoint):
-        self.raw.load_state_dict(checkpoint["model"])
+        """Put back what the checkpoint holds besides the weights."""
+        if checkpoint["data_fingerprint"] != self.text.fingerprint:
+            raise Error(f"resume: the run in {self.out} was trained on other data than "
+                        f"{', '.join(self.s.data):.100}")
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer"]):
             optimizer.load_state_dict(state)
-        if checkpoint["scaler"]:  # a run in another precision has none
+        if checkpoint["scaler"] and self.scaler.is_enabled():  # a run in another precision has none
             self.scaler.load_state_dict(checkpoint["scaler"])
-        self.step, self.seconds_before = checkpoint["step"], checkpoint["seconds"]
-        self.reserve = checkpoint.get("reserve", 0.0)
-        self.history, self.last = checkpoint["history"], checkpoint["last"]
+        for name in ("step", "looked", "best", "val_loss", "last"):
+            setattr(self, name, checkpoint[name])
+        self.seconds_before, self.logged = checkpoint["seconds"], self.step
+        self.begun_at = self.step
 
-    def loop(self, on_eval):
-        times = 10 if self.s.steps else min(10, 1 + int(4 * self.s.minutes))  # a short run has no time for more
+    @functools.cached_property
+    def probe_ids(self):
+        """What the model is watched reading: `probe`, or a whole line that it does not train on."""
+        ids, room = read_prompt(self.s.probe or "", self.tokenizer)[1], min(40, self.T)
+        if not ids:
+            unseen = self.val_ids if len(self.val_ids) else self.train_ids
+            text = self.tokenizer.decode(unseen[:4000])
+            lines = [self.tokenizer.encode(line).tolist() for line in text.splitlines()[1:-1]]
+            ids = max(lines, key=lambda ids: len(ids) * (len(ids) <= room), default=[])
+        return torch.tensor((ids or self.tokenizer.first)[:room])
+
+    def clean_folder(self):
+        """Remove what an overwritten run has left, and what is beyond the step to go on from."""
+        for name in ("ckpt.pt", "best.pt") if self.looked < 0 and not self.step else ():
+            (self.out / name).unlink(missing_ok=True)
+        for path in (self.out / "log.jsonl", self.out / "probe.jsonl"):
+            lines = [json.dumps(line) + "\n" for line in read_lines(path)
+                     if line["step"] <= min(self.step, self.looked)]
+            if path.exists():
+                with atomic(path) as file:
+                    file.write("".join(lines).encode())
+
+    def loop(self):
+        looks = math.inf
         while True:
-            before, (self.progress, stop) = self.progress, self.agree()
-            done, seen = self.progress >= 1, self.evaluated()  # seen: before it was resumed here
-            def due(every, times):  # every so many steps, or else so many times in a run
-                return self.step % every == 0 if every else int(before * times) < int(self.progress * times)
-            evaluating = not (stop or seen) and (done or self.step == 0 or due(self.s.eval_every, times))
-            if self.rank == 0:
-                begun = time.monotonic()
-                if evaluating:
-                    self.evaluate()
-                if evaluating or due(None, 500) and not seen:
-                    self.log()
-                early = self.step & (self.step - 1) == 0  # 1, 2, 4, 8, ...
-                if on_eval and not (stop or seen) and (evaluating or early or due(None, 2 * times)):
-                    on_eval(self)
-                if evaluating:  # seconds that the last evaluation and the saving after it will take
-                    self.reserve = 1.25 * (time.monotonic() - begun) + 0.5
-                saving = due(self.s.save_every or self.s.eval_every, times) or time.monotonic() - self.saved_at > 300
-                if done or stop or saving:
-                    self.save(final=done or stop)
-            if done or stop:
-                return self.finish()
+            progress, stop = self.agree()
+            done, before, looks = progress >= 1, looks, int(LOOKS * progress + 1e-9)
+            due = done or looks > before or self.step & (self.step - 1) == 0  # 0, 1, 2, 4, 8, ...
+            if self.s.eval_every:
+                due = done or self.step % self.s.eval_every == 0
+            elif self.s.minutes:  # of which a sixth at most is for looking
+                due = done or due and self.looking <= self.seconds() / 6
             begun = time.monotonic()
-            self.update()
+            if self.rank == 0 and due and self.looked < self.step:  # not yet, before it went on
+                self.look()
+            if self.rank == 0 and (due or stop or begun - self.saved_at > 300):
+                self.save("ckpt.pt", final=stop or done)
+            if done or stop:
+                return self.finish(stop)
+            self.looking += time.monotonic() - begun
+            self.reserve = max(self.reserve, 1.5 * (time.monotonic() - begun) + 0.3)
+            begun = time.monotonic()
+            self.train_step(progress)
             self.busy += time.monotonic() - begun
 
     def agree(self):
-        """-> (share of the run that is behind us, signal to stop or 0): the same in all processes, so that all take
-        the first one's clock and stop after the same step."""
-        s, left = self.s, 60 * (self.s.minutes or 0) - self.reserve
-        progress = self.step / s.steps if s.steps else self.seconds() / left if left > 0 else 1.0
+        """-> (share of the run that is behind us, signal or 0): the first process's word."""
+        left = 60 * (self.s.minutes or 0) - self.reserve
+        progress = self.step / self.s.steps if self.s.steps else self.seconds() / max(1e-9, left)
+        stop = self.signals[0] if self.signals else 0
         if self.world > 1:
-            both = torch.tensor([progress * (self.rank == 0), self.signal], dtype=torch.float64, device=self.device)
+            both = torch.tensor([progress * (self.rank == 0), stop], dtype=torch.float64)
+            both = both.to(self.device)
             dist.all_reduce(both, dist.ReduceOp.MAX)
-            progress, signal = both.tolist()
-            self.signal = self.signal or int(signal)
-            return progress, int(signal)
-        return progress, self.signal
+            progress, stop = both[0].item(), int(both[1])
+        return progress, stop
 
-    def evaluated(self):
-        """Whether the model has been evaluated as it is after this step."""
-        return bool(self.history) and self.history[-1][0] == self.step
-
-    def seconds(self):
-        return self.seconds_before + time.monotonic() - self.started
-
-    def windows(self, step):
-        shape = self.s.accum, self.world, self.s.batch_size
-        return training_windows(self.train_tokens, self.T, shape, self.rank, self.s.seed, step)
-
-    def update(self):
-        """One step: the gradient of the loss over batch_size x accum x processes windows, then the optimizers.
-        All chance in it comes from (seed, step, rank), so a resumed run repeats it exactly."""
-        s, rate = self.s, lr_share(self.step, self.progress, self.s.warmup)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate
-        torch.manual_seed(s.seed + 7919 * self.step + 104_729 * self.rank)  # for dropout
-        try:
-            loss = self.backward(self.windows(self.step))
-        except torch.OutOfMemoryError:
-            if self.step or self.micro == 1 or self.world > 1:
-                raise Error("out of memory: try --batch-size half as large with --accum twice as large, "
-                            "--checkpoint-activations, a smaller --block-size or --size", 1) from None
-            loss, self.micro = None, (self.micro + 1) // 2
-            notice(f"out of memory: trying {self.micro} sequences at a time; a step still sees as many")
-        if loss is None:  # try again, now that the exception no longer holds on to the memory
-            self.raw.zero_grad()
-            return self.update()
+    def train_step(self, progress):
+        """The gradient of the loss over batch_size x accum x processes windows, then a step. All
+        chance in it comes from (seed, step, rank): a run that goes on repeats it exactly."""
+        s, rate = self.s, lr_share(self.step, progress, self.s.warmup)
+        for group in param_groups(self.optimizers):
+            group["lr"] = group["peak"] * rate
+        torch.manual_seed((s.seed + 7919 * self.step + 104_729 * self.rank) % 2 ** 64)  # dropout's
+        shape = s.accum, self.world, s.batch_size
+        loss = self.backward(get_batch(self.train_ids, self.T, shape, self.rank, s.seed, self.step))
+        if self.world > 1:
+            for tensor in (loss, *(p.grad for p in self.model.parameters())):
+                dist.all_reduce(tensor.div_(self.world))
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(self.raw.parameters(), s.grad_clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf)
         loss, norm = torch.stack((loss, norm.to(loss))).tolist()
         self.skipped = 0 if math.isfinite(loss + norm) else self.skipped + 1
-        if not self.skipped:
-            for optimizer in self.optimizers:
-                optimizer.step()
-        elif self.skipped == 20:
-            raise Error("20 steps in a row had no finite loss and gradient: try a lower --lr, a longer --warmup or "
-                        f"--dtype float32; the last checkpoint in {self.out} is from before", 1)
-        elif not self.scaler.is_enabled():  # in float16 it is how the scaler finds the largest scale that works
-            notice(f"step {self.step}: the loss or its gradient is not finite; the step is skipped")
+        if self.skipped == 20:
+            raise Error("20 steps in a row had no finite loss and gradient: try a lower lr, a "
+                        "longer warmup or dtype float32; the checkpoint is from before", 1)
+        if self.skipped and not self.scaler.is_enabled():  # which finds its scale in this way
+            self.notice(f"step {self.step}: loss or gradient are not finite; the step is skipped")
+        for optimizer in self.optimizers if not self.skipped else ():
+            optimizer.step()
         if self.scaler.is_enabled():
             self.scaler.update()
-        self.raw.zero_grad()
+        self.model.zero_grad()
         self.step += 1
         self.last = {"train_loss": loss, "lr": s.lr * rate, "grad_norm": norm}
 
     def backward(self, windows):
-        """Accumulate the gradient of the mean loss over windows (rows, T + 1); returns that loss."""
-        windows = windows.to(self.device)  # all at once: a copy waits until the GPU has nothing else to do
-        total, passes = torch.zeros((), device=self.device), windows.split(self.micro)
+        """Add up the gradient of the mean loss over windows (rows, T + 1) -> that loss."""
+        total, passes = torch.zeros((), device=self.device), windows.split(self.s.batch_size)
         for rows in passes:
-            x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-            if self.world > 1:  # gradients travel between the processes once, in the last pass
-                self.model.require_backward_grad_sync = rows is passes[-1]
+            rows = rows.to(self.device)
             with precision(self.device, self.dtype):
-                loss = self.model(x, y)[1] * (len(rows) / len(windows))
+                loss = self.forward(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+            loss = loss / len(passes)
             self.scaler.scale(loss).backward()
             total += loss.detach()
-        if self.world > 1:
-            dist.all_reduce(total)
-        return total / self.world
+        return total
 
-    def evaluate(self):
-        """The validation loss, over windows that are always the same. The best model so far is kept."""
-        val = None
-        best = min((loss for step, loss in self.history if loss is not None and step), default=math.inf)
-        if len(self.val_tokens) > 1:
+    def look(self):
+        """Evaluate, over windows that are always the same; log; let the model read its line."""
+        self.looked = self.step
+        if len(self.val_ids) > 1:
             with precision(self.device, self.dtype):
-                tokens = 1 << (15 if self.device.type == "cpu" else 18)
-                limit = max(1, tokens // self.T)
-                val, _ = mean_loss(self.raw, self.val_tokens, batch_size=self.micro, limit=limit)
-            recent = [loss for _, loss in self.history[-3:]] + [val]
-            if len(recent) == 4 and all(a < b for a, b in zip(recent, recent[1:])):
-                notice("the validation loss rose three times in a row: the model begins to memorise; "
-                       f"best.pt has {best:.4f}")
-        self.history.append((self.step, val))
-        if val is not None and val < best and self.step:
-            self.save_as("best.pt", self.state())
+                self.val_loss, _ = estimate_loss(self.model, self.val_ids, limit=self.eval_tokens,
+                                                 batch_size=self.s.batch_size)
+            self.worse = self.worse + 1 if self.val_loss > 1.02 * self.best else 0
+            if self.step and self.val_loss < self.best:
+                self.best = self.val_loss
+                self.save("best.pt")
+            if self.worse == 3 and not self.warned:
+                self.warned = True
+                notice("the validation loss falls no more: the model begins to learn by heart. "
+                       f"best.pt keeps the best, {self.best:.4f}; more text, dropout or a smaller "
+                       "model would help, a longer run will not")
+        self.log()
+        if self.s.probe != "":
+            record_probe(self)
 
     def log(self):
-        """A line of log.jsonl for programs, and one of progress for people."""
-        evaluated = self.evaluated()
-        per_step, (logged, busy) = self.s.batch_size * self.s.accum * self.world * self.T, self.logged
-        speed = round((self.step - logged) * per_step / (self.busy - busy)) if self.step > logged else None
-        self.logged = self.step, self.busy
-        line = {"step": self.step, "tokens": self.step * per_step, "seconds": round(self.seconds(), 3), **self.last,
-                "tokens_per_second": speed, "memory_mb": memory_mb(self.device)}
-        val = self.history[-1][1] if self.history else None
-        append_line(self.out / "log.jsonl", line | {"val_loss": val} if evaluated else line)
-        if evaluated or sys.stdout.isatty():
-            share = min(1.0, self.progress)
-            left = (time.monotonic() - self.begun[1]) / max(1e-9, share - self.begun[0]) * (1 - share)
-            clock = f"  {speed:,} tokens/s  {int(left) // 60}:{int(left) % 60:02d} left" if speed else ""
-            text = (f"[{'#' * int(20 * share):.<20}] step {self.step}  train {show(self.last['train_loss'])}  "
-                    f"val {show(val)}{clock}")
-            say("\r\x1b[K" + text if sys.stdout.isatty() else text, end="\n" if evaluated else "")
+        """A line of log.jsonl for programs, and one for people."""
+        tokens = (self.step - self.logged) * self.tokens_per_step
+        speed = round(tokens / self.busy) if tokens else None
+        self.logged, self.busy = self.step, 0.0
+        append_line(self.out / "log.jsonl", {
+            "step": self.step, "tokens": self.step * self.tokens_per_step,
+            "seconds": round(self.seconds(), 3), **self.last, "val_loss": self.val_loss,
+            "tokens_per_second": speed, "memory_mb": memory_mb(self.device)})
+        text = f"step {self.step}"
+        if self.step:
+            text += f"  train {self.last['train_loss']:.4f}"
+        if self.val_loss is not None:
+            bits = self.val_loss / math.log(2) * len(self.text.ids) / self.text.text_bytes
+            text += f"  val {self.val_loss:.4f} ({bits:.3f} bits per byte)"
+        if speed:
+            left = 60 * (self.s.minutes or 0) - self.seconds()
+            if self.s.steps:
+                left = (self.s.steps - self.step) * self.tokens_per_step / speed
+            text += f"  {speed:,} tokens/s  {max(0, left) // 60:.0f}:{max(0, left) % 60:02.0f} left"
+        say(text)
 
-    def state(self):
-        """What a checkpoint holds for sampling; `save` adds what only training needs."""
-        return {"format": FORMAT, "model": self.raw.state_dict(), "tokenizer": self.tokenizer.state(),
-                "step": self.step, "settings": {"config": asdict(self.raw.config), "training": asdict(self.s)},
-                "val_loss": self.history[-1][1] if self.history else None}
+    def seconds(self):
+        return self.seconds_before + time.monotonic() - self.started
 
-    def save(self, final):
-        self.saved_at = time.monotonic()
-        self.save_as("ckpt.pt", self.state() | {
-            "optimizer": [optimizer.state_dict() for optimizer in self.optimizers], "scaler": self.scaler.state_dict(),
-            "rng": self.s.seed, "data": {"fingerprint": self.fingerprint, "position": self.step},
-            "seconds": self.seconds(), "reserve": self.reserve, "history": self.history, "last": self.last}, final)
+    def notice(self, text):
+        if self.rank == 0:
+            notice(text)
 
-    def save_as(self, name, state, final=False):
+    def save(self, name, final=False):
+        """best.pt has what other commands need, ckpt.pt also what only training needs."""
+        state = {"format": FORMAT, "model": self.model.state_dict(), "settings": asdict(self.s),
+                 "tokenizer": self.tokenizer.state(), "step": self.step, "val_loss": self.val_loss,
+                 "data_fingerprint": self.text.fingerprint}
+        if name == "ckpt.pt":
+            self.saved_at = time.monotonic()
+            state |= {"optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
+                      "scaler": self.scaler.state_dict(), "seconds": self.seconds(),
+                      "looked": self.looked, "best": self.best, "last": self.last}
         try:
-            save_checkpoint(state, self.out / name)
-        except OSError as e:
+            with atomic(self.out / name) as file:
+                torch.save(state, file)
+        except Error as e:
             if final:
-                raise Error(f"the last checkpoint could not be saved: {e}", 1) from None
+                raise
             notice(f"{e}; training goes on")
 
-    def finish(self):
+    def finish(self, stop):
         if self.world > 1:  # nobody leaves before the first process has saved
-            self.model = self.raw
             dist.barrier()
-        if self.rank == 0 and self.signal:
-            notice(f"stopped at step {self.step} and saved; to go on: {command('train', resume=True, out=self.out)}")
+        if self.rank == 0 and stop:
+            again = shell("train", resume=True, out=self.out)
+            notice(f"stopped at step {self.step} and saved; to go on: {again}")
+        elif self.rank == 0 and self.begun_at == self.step > 0:
+            notice(f"this run is complete; --resume --steps N, with N above {self.step}, goes on")
         elif self.rank == 0:
-            say(f"done in {self.seconds():.0f} seconds; now: {command('sample', out=self.out)}")
-        return {"step": self.step, **self.last, "val_loss": self.history[-1][1] if self.history else None,
-                "seconds": self.seconds(), "signal": self.signal}
+            say(f"done, {self.seconds():.0f} seconds in all; now: {shell('sample', out=self.out)}")
+        return {"step": self.step, **self.last, "val_loss": self.val_loss,
+                "seconds": self.seconds(), "signal": stop}
 
-# --- Sampling --------------------------------------------------------------------------------------------------------
+# --- Sampling ------------------------------------------------------------------------------------
 # Ask the model for the distribution of the next token, draw one from it, append it, and ask again.
 
-def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Draw (B,) ids from logits (B, V). Chance is the CPU's, in float32: every device draws the same from the same."""
-    greedy = temperature < 1e-6
-    logits = logits if greedy and logits.is_cuda else logits.float().cpu()
-    best, ids = logits.max(dim=-1)  # NaN if any is; of several equal ones the first
-    if not best.isfinite().all():
-        raise Error("the model's logits are not finite: trained too fast, or half precision is too coarse for it", 1)
-    if greedy:
-        return ids
-    logits, V = logits / temperature, logits.size(-1)
-    top_k = top_k if top_k < V else 0
-    if not top_k and top_p >= 1:
+@dataclass
+class Trained(Settings):
+    """Which model."""
+    out: str = setting("out", "folder of a run: its best.pt, else its ckpt.pt, is opened")
+    init: str = setting("", "instead: a checkpoint, a run's or a Hugging Face folder, gpt2, ...")
+
+@dataclass
+class Sampling(Machine, Trained):
+    """What to write."""
+    prompt: str = setting("", "text to go on from; @FILE reads a file (@@ is an @), - stdin")
+    tokens: int = setting(500, "tokens to generate")
+    temperature: float = setting(0.8, "0 is greedy; 1 is the model's own distribution")
+    top_k: int = setting(0, "sample among the k likeliest (0: all)")
+    top_p: float = setting(1.0, "sample among the likeliest that have this share together", high=1)
+    num: int = setting(1, "samples", 1, 10000)
+    stop: str = setting("", "text to stop at; it is not printed")
+    cache: bool = setting(True, "keep keys and values of earlier tokens (the KV cache)")
+
+def sample_next(logits, s, generator):
+    """Draw ids (B,) from logits (B, V), as a Sampling says. Chance is the CPU's, in float32: every
+    device draws the same from the same."""
+    logits = logits.float().cpu()
+    if not logits.amax(dim=-1).isfinite().all():
+        raise Error("the logits are not finite: trained too fast, or in too coarse a precision", 1)
+    if s.temperature < 1e-6:
+        return logits.argmax(dim=-1)
+    logits = logits / s.temperature
+    if not s.top_k and s.top_p == 1:
         return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
-    values, ids = logits.topk(top_k or min(V, 1024), dim=-1)  # likeliest first
-    probs = (values - (values if top_k else logits).logsumexp(dim=-1, keepdim=True)).exp()
-    if not top_k and probs.sum(dim=-1).min() < top_p:  # rare, and slow for a large vocabulary: sort all of it
-        values, ids = logits.sort(dim=-1, descending=True)
-        probs = values.softmax(dim=-1)
-    probs[probs.cumsum(dim=-1) - probs >= top_p] = 0.0  # top-p: a token stays if those before it have less than p
+    V = logits.size(-1)
+    logits, ids = logits.topk(min(s.top_k or V, V), dim=-1)  # likeliest first
+    probs = logits.softmax(dim=-1)
+    before = probs.cumsum(dim=-1) - probs
+    probs[:, 1:] *= before[:, 1:] < s.top_p  # a token stays if those before it have less than p
     return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 
 @torch.inference_mode()
-def generate(model, idx, tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, use_cache=True):
-    """Continue idx (B, T) by up to `tokens` tokens, yielding each as ids (B,) on the CPU. When a new token finds the
-    context full, the newest block_size // 2 tokens become the context, with a cache or without."""
+def generate(model, idx, tokens, s):
+    """Continue idx (B, T) by up to `tokens` tokens, yielding each as ids (B,) on the CPU. When one
+    finds the context full, the newest block_size // 2 become the context, cache or not."""
+    generator = torch.Generator().manual_seed(s.seed)
     block_size = model.config.block_size
     idx = new = idx[:, -block_size:]
-    cache = model.new_cache(len(idx)) if use_cache else None
-    step = captured(model, cache) if use_cache and tokens > 64 else None  # for a few it is not worth the time it takes
+    cache = KVCache(model, len(idx)) if s.cache else None
     for _ in range(tokens):
-        if step and cache.length:
-            logits = step(new)
-        else:
-            logits, _ = model(new if use_cache else idx, cache=cache, last=True)  # (B, 1, V)
-        ids = sample_next(logits[:, -1], temperature, top_k, top_p, generator)
-        yield ids.cpu()
+        logits = model(new if s.cache else idx, cache=cache, last=True)  # (B, 1, V)
+        ids = sample_next(logits[:, -1], s, generator)
+        yield ids
         new = ids[:, None].to(idx.device)
         idx = torch.cat((idx, new), dim=1)
         if idx.size(1) > block_size:
             idx = new = idx[:, -max(1, block_size // 2):]
-            if use_cache:
+            if s.cache:
                 cache.length = 0
 
-def captured(model, cache):
-    """A step by one token a row as a CUDA graph, in which hundreds of launches become one: a function of ids (B, 1),
-    which gives the next logits (B, 1, V), or None where there is no GPU, or where it does not do what `model` does."""
-    if not (model.config.n_layer and model.blocks[0].attn.decode):
-        return None
-    B, device = cache.kv.size(2), cache.kv.device
-    ids, lengths = torch.zeros(B, 1, dtype=torch.long, device=device), torch.ones(B, dtype=torch.int32, device=device)
-    def forward():
-        return model(ids, cache=Cache(cache.kv, lengths=lengths), last=True)[0]
-    def step(new):
-        ids.copy_(new)
-        lengths.fill_(cache.length + 1)
-        graph.replay()
-        cache.length += 1
-        return logits
-    cache.kv.zero_()  # some kernels weigh what is not written yet with zero, and zero times NaN is NaN
-    try:
-        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            forward()  # what is made at a first call, such as compiled kernels, must be there
-            with torch.cuda.graph(graph, stream=side):
-                logits = forward()
-        torch.cuda.current_stream(device).wait_stream(side)
-        few = torch.arange(min(4, model.config.block_size), device=device).expand(B, -1) % model.config.vocab_size
-        plain = model(few, cache=Cache(cache.kv), last=True)[0]
-        made = [step(new) for new in few.split(1, dim=1)][-1]
-        error = kernels.relative_error(made, plain)
-        if not error < 0.05:  # half precisions come to about 0.01
-            raise RuntimeError(f"its logits are {error:.2g} away")
-        return step
-    except Exception as e:  # a driver may fail in any way
-        torch.cuda.synchronize(device)
-        notice(f"no CUDA graph here ({first_line(e)}); going on without, more slowly")
-    finally:
-        cache.length = 0
-
 def stream_text(tokenizer, ids, stop=""):
-    """Ids one by one -> text piece by piece: never half a character, nothing of `stop` nor after it."""
+    """Ids one by one -> text piece by piece: never half a character, nothing from `stop` on."""
     decoder, held = codecs.getincrementaldecoder("utf-8")("replace"), ""
-    for i in itertools.chain(ids, [None]):
-        held += decoder.decode(tokenizer.tokens[i]) if i is not None else decoder.decode(b"", final=True)
+    for i in ids:
+        held += decoder.decode(tokenizer.tokens[i])
         if stop and stop in held:
             yield held[:held.index(stop)]
             return
-        begun = next(n for n in range(len(stop), -1, -1) if held.endswith(stop[:n])) if i is not None else 0
-        yield held[:len(held) - begun]  # what may be the beginning of `stop` waits for the next token
+        begun = max(n for n in range(len(stop) + 1) if held.endswith(stop[:n]))
+        yield held[:len(held) - begun]  # what may be the beginning of `stop` waits
         held = held[len(held) - begun:]
+    yield held + decoder.decode(b"", final=True)
 
-def sample(**given):
-    """Generate text: prints it as it comes, and returns the list of texts, each with its prompt. Keyword arguments are
-    the flags of `python gpt.py sample`."""
-    s = Sampling(**check(given, Sampling))
-    if not 0 < s.top_p <= 1:
-        raise Error(f"--top-p {s.top_p} must be above 0 and at most 1")
+def until_ended(rows, ends):
+    """Lists of one id a sample, until each sample has come to its end; then says how fast."""
+    begun, made, ended = time.monotonic(), 0, set()
+    try:
+        for row in rows:
+            row = row.tolist()
+            made += len(row)
+            ended |= {n for n, i in enumerate(row) if i in ends}
+            if len(ended) == len(row):
+                return
+            yield row
+    finally:
+        notice(f"{made / max(1e-9, time.monotonic() - begun):,.0f} tokens/s")
+
+@command(Sampling)
+def sample(s):
+    """generate text from a trained model"""
     model, tokenizer, _ = open_model(s, half=True)
     prompt, ids = read_prompt(s.prompt, tokenizer)
     if len(ids) > model.config.block_size:
-        notice(f"the prompt has {len(ids)} tokens; the model sees the newest {model.config.block_size}")
-    ids = ids if len(ids) else first_token(tokenizer)
-    idx = ids.long().expand(s.num, -1).to(next(model.parameters()).device)
-    made, begun, generator = 0, time.monotonic(), torch.Generator().manual_seed(s.seed)
-    def rows():
-        nonlocal made
-        ended = torch.zeros(s.num, dtype=torch.bool)
-        for row in generate(model, idx, s.tokens, s.temperature, s.top_k, s.top_p, generator, s.cache):
-            made += s.num
-            ended |= row == (-1 if tokenizer.eot is None else tokenizer.eot)
-            if ended.all():
-                return
-            yield row.tolist()
-    columns = [(row[0] for row in rows())] if s.num == 1 else list(zip(*rows())) or [()] * s.num
+        notice(f"of the prompt's {len(ids)} tokens the model sees {model.config.block_size}")
+    device = next(model.parameters()).device
+    idx = torch.tensor(ids or tokenizer.first, device=device).expand(s.num, -1)
+    rows = until_ended(generate(model, idx, s.tokens, s), tokenizer.ends)
+    columns = [(row[0] for row in rows)] if s.num == 1 else list(zip(*rows)) or [()] * s.num
     texts = []
-    for n, column in enumerate(columns):
+    for column in columns:
+        say(("---\n" if texts else "") + prompt, end="")
         texts.append(prompt)
-        say("---\n" * (n > 0) + prompt, end="")
-        for text in stream_text(tokenizer, itertools.takewhile(lambda i: i != tokenizer.eot, column), s.stop):
-            say(text, end="")
-            texts[-1] += text
+        column = itertools.takewhile(lambda i: i not in tokenizer.ends, column)
+        for piece in stream_text(tokenizer, column, s.stop):
+            say(piece, end="")
+            texts[-1] += piece
         say("")
-    notice(f"{made / max(1e-9, time.monotonic() - begun):,.0f} tokens/s")
     return texts
 
-def first_token(tokenizer):
-    """What a text without a prompt begins with, as a document does, or a line: ids (1,)."""
-    return torch.tensor([tokenizer.eot if tokenizer.eot is not None else max(0, tokenizer.chars.find("\n"))])
-
 def read_prompt(prompt, tokenizer):
-    """--prompt -> (text, ids (T,)). What the vocabulary lacks is named and left out."""
+    """A prompt as it is given -> (text, list of ids). What has no token is named and left out."""
     if prompt == "-":
-        prompt = sys.stdin.read()
-    elif prompt.startswith("@"):
-        with reading(prompt[1:]):
-            prompt = Path(prompt[1:]).read_text("utf-8")
+        prompt = sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n")  # echo's
+    elif prompt.startswith("@") and not prompt.startswith("@@"):
+        try:
+            prompt = Path(prompt[1:]).expanduser().read_text("utf-8-sig").removesuffix("\n")
+        except (OSError, UnicodeDecodeError) as e:
+            why = getattr(e, "strerror", None) or "not UTF-8 text"
+            raise Error(f"prompt {quote(prompt)}: {why}") from None
+    else:
+        prompt = prompt.removeprefix("@")
     prompt = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if unknown := tokenizer.unknown(prompt):
-        notice(f"left out of the prompt, for the model has never seen them: {unknown}")
-        prompt = "".join(c for c in prompt if c in tokenizer.chars)
-    return prompt, tokenizer.encode(prompt, special=True)
+        shown = " ".join(map(repr, unknown))
+        notice(f"left out of the prompt, for the model has never seen them: {shown:.100}")
+        prompt = "".join(c for c in prompt if c not in unknown)
+    return prompt, tokenizer.encode(prompt, special=True).tolist()
 
-def load_source(s):
-    return load_model(s.init) if s.init else from_checkpoint(load_run(Path(s.out)), s.out)
+@dataclass
+class Evaluation(Machine, Trained):
+    """What to measure."""
+    data: list = setting((), "text to evaluate on (default: the run's validation split)")
+    stride: int = setting(None, "tokens between windows (default: block_size)", 1)
+    batch_size: int = setting(32, "windows per forward pass", 1)
+    json: bool = setting(False, "print one JSON object")
 
-def open_model(s, half=False):
-    """The model that --init or --out names, on its device -> (model, tokenizer, the precision to call it in). If
-    `half`, the weights themselves are in a half precision: sampling, which mostly waits for them, is faster so."""
-    device = pick_device(s.device)
-    model, tokenizer = load_source(s)
-    need_tokenizer(tokenizer, s.init)
-    dtype, _ = pick_dtype(s.dtype, device)
-    model.to(device, dtype if half or dtype == torch.float64 else torch.float32)
-    use_attention(model, s.attention, dtype)
-    return model, tokenizer, precision(device, dtype)
-
-def evaluate(**given):
-    """Loss of a model over a text, each token predicted once -> dict. Keyword arguments are the flags of `eval`."""
-    s = Evaluation(**check(given, Evaluation))
+@command(Evaluation, "eval")
+def evaluate(s):
+    """measure a model's loss on a text"""
     model, tokenizer, context = open_model(s)
-    if not s.data and s.init:
-        raise Error("eval --init needs --data")
-    data = s.data or load_run(Path(s.out))["settings"]["training"]["data"]
-    tokens = load_tokens(data, tokenizer)[0]
-    tokens = tokens if s.data else split(tokens)[1]
-    if len(tokens) < 2:
+    if s.init and not s.data:
+        raise Error("eval with init needs data")
+    ids = load_tokens(s.data, tokenizer).ids if s.data else split(run_data(s.out, tokenizer))[1]
+    if len(ids) < 2:
         raise Error("fewer than two tokens to evaluate on")
     with context:
-        loss, counted = mean_loss(model, tokens, s.stride, s.batch_size)
-    lengths = torch.tensor([len(token) * (i != tokenizer.eot) for i, token in enumerate(tokenizer.tokens)])
-    count_bytes = sum(int(lengths[part.long()].sum()) for part in tokens[1:].split(1 << 20))
+        loss, counted = estimate_loss(model, ids, s.stride, s.batch_size)
+    lengths = [0 if i == tokenizer.eot else len(token) for i, token in enumerate(tokenizer.tokens)]
+    lengths = torch.tensor(lengths)
+    text_bytes = sum(int(lengths[part.long()].sum()) for part in ids[1:].split(1 << 20))
     result = {"loss": loss, "perplexity": math.exp(min(loss, 700)),
-              "bits_per_byte": loss * counted / math.log(2) / max(1, count_bytes), "tokens": counted,
+              "bits_per_byte": loss * counted / math.log(2) / max(1, text_bytes), "tokens": counted,
               "stride": min(s.stride or math.inf, model.config.block_size)}
-    say(json.dumps(result) if s.json else f"loss {loss:.4f} nats, perplexity {result['perplexity']:.3f}, "
-        f"{result['bits_per_byte']:.4f} bits per byte ({counted:,} tokens, stride {result['stride']})")
+    line = ("loss {loss:.4f} nats, perplexity {perplexity:.3f}, {bits_per_byte:.4f} bits per byte "
+            "({tokens:,} tokens, stride {stride})")
+    say(json.dumps(result) if s.json else line.format(**result))
     return result
 
-# --- Text into tokens ------------------------------------------------------------------------------------------------
-# Text is read in pieces, cut into tokens once, and kept on disk as whole numbers, from where it is mapped into memory.
+# --- Checkpoints ---------------------------------------------------------------------------------
+# A dict of tensors and plain values: no code runs when it is opened, and it opens on any device.
 
-SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-
-def cache_folder():
-    """$GPT_CACHE, else ~/.cache/gpt, else, where that cannot be written, a folder for this process alone."""
-    try:
-        folder = Path(os.environ.get("GPT_CACHE") or Path.home() / ".cache" / "gpt")
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-        return folder
-    except OSError as e:
-        return temporary_folder(f"{folder}: {e.strerror}")
-    except RuntimeError:
-        return temporary_folder("this user has no home folder")
-
-@functools.cache
-def temporary_folder(reason):
-    folder = Path(tempfile.mkdtemp(prefix="gpt-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    notice(f"{reason}; tokens are kept in {folder} until this program ends")
-    return folder
-
-def download(url, sha256=None, path=None):
-    """Fetch an address into the cache folder, once; progress on stderr."""
-    instead = f"put the file there yourself: {path}" if path else "with a file of your own: --data FILE"
-    path = path or cache_folder() / (hashlib.sha256(url.encode()).hexdigest()[:16] + "-" + Path(url.split("?")[0]).name)
-    if not path.exists():
-        notice(f"downloading {url}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
-        except (OSError, ValueError) as e:
-            raise Error(f"could not download {url} ({e}); {instead}") from None
-    if sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        path.unlink()
-        raise Error(f"what {url} sent is not the file that was expected; try again, or use --data FILE")
-    return path
-
-def find_files(data):
-    """The files that --data names, in the order given; folders and globs sorted."""
-    found = []
-    for name in data:
-        if re.match(r"https?://", name):
-            found.append(download(name))
-        elif os.path.isdir(name):
-            inside = sorted(p for p in Path(name).rglob("*") if re.search(r"\.(txt|jsonl)(\.gz)?$", p.name))
-            if not inside:
-                raise Error(f"{name}: no .txt or .jsonl file (or .gz of one) in this folder")
-            found += inside
-        elif os.path.exists(name):
-            found.append(Path(name))
-        elif matches := sorted(p for p in glob.glob(name, recursive=True) if os.path.isfile(p)):
-            found += map(Path, matches)
-        elif name == "input.txt" and "__file__" in globals() and (beside := Path(__file__).with_name(name)).exists():
-            found.append(beside)
-        elif name == "input.txt":
-            notice("there is no input.txt here: using Tiny Shakespeare instead")
-            found.append(download(SHAKESPEARE, SHAKESPEARE_SHA256))
-        else:
-            raise Error(f"{name}: no such file, and no file matches it")
-    return found
+FORMAT = 2
 
 @contextlib.contextmanager
-def reading(path):
-    """What can go wrong in reading a file, in one line."""
-    try:
-        yield
-    except (OSError, EOFError, zlib.error) as e:
-        raise Error(f"{path}: {getattr(e, 'strerror', None) or e}") from None
-    except UnicodeDecodeError as e:
-        raise Error(f"{path}: not UTF-8 text (byte {e.start})") from None
-
-def documents(path, size):
-    """Each document of a file as an iterator over blocks of text: a .txt is one, a .jsonl line has one as `text`."""
-    with reading(path), gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-        if ".jsonl" not in path.suffixes:
-            yield blocks(file, path, size)
-            return
-        for number, line in enumerate(file, 1):
-            try:
-                yield [json.loads(line)["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")]
-            except (ValueError, KeyError, TypeError, AttributeError):
-                if line.strip():
-                    raise Error(f"{path}: line {number} is not a JSON object with a `text`") from None
-
-def blocks(file, path, size):
-    """The text of a UTF-8 file, `size` bytes at a time; part of a character at a block's end waits for the next."""
-    decoder, offset, block = codecs.getincrementaldecoder("utf-8")(), 0, None
-    while block != b"":
-        with reading(path):
-            block, waiting = file.read(size), len(decoder.getstate()[0])
-            try:
-                text = decoder.decode(block, final=not block)
-            except UnicodeDecodeError as e:
-                e.start += offset - waiting
-                raise
-        yield text.removeprefix("\ufeff") if offset == 0 else text  # a byte-order mark is not text
-        offset += len(block)
-
-def pieces(paths, size=1 << 18):
-    """The text in pieces of about `size` characters, and None between documents. A piece ends only after a newline
-    between two characters that are not space, where no tokenizer here joins anything."""
-    first = True
-    for document in itertools.chain.from_iterable(documents(path, size) for path in paths):
-        if not first:
-            yield None
-        first, buffer = False, ""
-        for text in document:
-            buffer += text
-            cut = len(buffer) - 1 if len(buffer) >= size else 0
-            while cut > 1 and (buffer[cut - 1] != "\n" or buffer[cut].isspace() or buffer[cut - 2].isspace()):
-                cut = buffer.rfind("\n", 0, cut - 1) + 1
-            if cut > 1:
-                yield buffer[:cut]
-                buffer = buffer[cut:]
-        if buffer:
-            yield buffer
-
-def load_tokens(data, tokenizer="char", vocab_size=0):
-    """Tokenise files, or find that it was done before -> (tokens (N,) uint16 or uint32, tokenizer, checksum of tokens).
-    `tokenizer` is a tokenizer, or the kind of one to train or load; vocab_size is for bpe."""
-    paths, digest = find_files(data), hashlib.sha256(b"1")  # the number changes with the format of the cache
-    for path in paths:
-        digest.update(f"|{path.suffixes[-2:]}|".encode())
-        with reading(path), open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    def remembered(key, make):  # -> (a dict, a file for its tokens): as kept under a key, or else made, and kept
-        path = cache_folder() / (hashlib.sha256(digest.digest() + key.encode()).hexdigest()[:32] + ".json")
-        binary = path.with_suffix(".bin")
-        try:
-            value = json.loads(path.read_text("utf-8"))
-            if value.get("bytes", 0) == (binary.stat().st_size if "bytes" in value else 0):
-                return value, binary
-        except (OSError, ValueError):
-            pass
-        value = make(binary)
-        write_whole(path, [json.dumps(value).encode()])
-        return value, binary
-    if isinstance(tokenizer, str):
-        kind, texts = tokenizer, (text for text in pieces(paths) if text is not None)
-        state, _ = remembered(f"{kind} {vocab_size}", lambda _: make_tokenizer(kind, texts, vocab_size).state())
-        tokenizer = tokenizer_from(state)
-    dtype = torch.uint16 if len(tokenizer.tokens) <= 1 << 16 else torch.uint32
-    about, binary = remembered(json.dumps(tokenizer.state()), lambda binary: tokenise(paths, tokenizer, binary, dtype))
-    if about["count"] < 2:
-        raise Error(f"{', '.join(map(str, paths))}: too little text ({about['count']} tokens; two at least)")
-    return torch.from_file(str(binary), shared=False, size=about["count"], dtype=dtype), tokenizer, about["sha256"]
-
-def make_tokenizer(kind, texts, vocab_size):
-    if kind == "char":
-        return CharTokenizer.train(texts)
-    return BPETokenizer.gpt2() if kind == "gpt2" else BPETokenizer.train(texts, vocab_size or 1024)
-
-def tokenise(paths, tokenizer, path, dtype):
-    """Write the tokens of `paths` into the file `path`; returns what to remember of them."""
-    about, shown = {"count": 0}, time.monotonic()
-    digest = hashlib.sha256()
-    signed = torch.int16 if dtype == torch.uint16 else torch.int32  # the same bits, written faster
-    def raw_ids():
-        nonlocal shown
-        stream = pieces(paths)
-        between = torch.tensor([] if tokenizer.eot is None else [tokenizer.eot], dtype=torch.int32)
-        while batch := list(itertools.islice(stream, 2 * os.cpu_count())):
-            encoded = iter(tokenizer.encode_batch([text for text in batch if text is not None]))
-            ids = torch.cat([between if text is None else next(encoded) for text in batch])
-            raw = bytearray(dtype.itemsize * len(ids))
-            if len(ids):
-                torch.frombuffer(raw, dtype=signed).copy_(ids)
-            digest.update(raw)
-            about["count"] += len(ids)
-            yield raw
-            if time.monotonic() - shown > 2:
-                shown = time.monotonic()
-                notice(f"tokenising: {about['count'] / 1e6:.0f} million tokens so far")
-    write_whole(path, raw_ids())
-    return about | {"bytes": about["count"] * dtype.itemsize, "sha256": digest.hexdigest()}
-
-def write_whole(path, blocks):
-    """A file that is there whole or not at all: written under another name, put on the disk, and renamed."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def atomic(path):
+    """A binary file that is there whole or not at all: it gets its name when it is on the disk."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.writelines(blocks)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as e:
-        raise Error(f"{path} cannot be written: {e.strerror}", 1) from None
+    except (OSError, RuntimeError) as e:  # RuntimeError is torch's for a full disk
+        why = getattr(e, "strerror", None) or first_line(e)
+        raise Error(f"{path} cannot be written: {why}", 1) from None
     finally:
         temporary.unlink(missing_ok=True)
 
-# --- Checkpoints -----------------------------------------------------------------------------------------------------
-# A dict of tensors and plain values: no code runs when it is opened, and it opens on any device.
-
-FORMAT = 1  # a higher number comes from a newer gpt.py
-MAY_CHANGE = {"out", "resume", "overwrite", "data", "steps", "minutes", "device", "dtype", "attention", "compile",
-              "checkpoint_activations", "eval_every", "save_every", "probe"}  # what --resume may be given
-
-def can_resume(folder):
-    """Whether a run has left in a folder what `--resume` needs; best.pt is not enough."""
-    return any((folder / name).exists() for name in ("ckpt.pt", "ckpt.prev.pt"))
-
-def settle(given, device):
-    """-> (settings, checkpoint, weights, tokenizer) of a run: one that goes on, a new one, or one from others' weights.
-    An explicit flag beats --size, which beats --arch, which beats the defaults."""
-    out = Path(given.get("out", Source.out))
-    held = can_resume(out) or (out / "best.pt").exists()
-    if given.get("resume") or (held and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"):
-        checkpoint = load_run(out, "ckpt.pt", "ckpt.prev.pt")
-        settings = checkpoint["settings"]["config"] | checkpoint["settings"]["training"]
-        for name in given.keys() - MAY_CHANGE:
-            if given[name] != settings.get(name):
-                raise Error(f"--resume: the run in {out} has {flag(name)} {settings.get(name)}, not {given[name]}")
-        if given.keys() & {"steps", "minutes"}:
-            settings.update(steps=None, minutes=None)
-        return settings | given, checkpoint, checkpoint["model"], tokenizer_from(checkpoint["tokenizer"])
-    if held and not given.get("overwrite"):
-        run = load_run(out, "ckpt.pt", "ckpt.prev.pt", "best.pt")
-        resume = "--resume goes on with it, " * can_resume(out)
-        raise Error(f"{out} holds a run (step {run['step']}, validation loss {show(run['val_loss'])}): {resume}"
-                    "--out OTHER starts another beside it, --overwrite replaces it")
-    arch, size = given.get("arch", Training.arch), given.get("size", "auto")
-    size = ("tiny" if device.type == "cpu" else "baby") if size == "auto" else size
-    settings = ARCHS[arch] | SIZES[size] | (ARCHS["bigram"] if arch == "bigram" else {})  # it has no layers at any size
-    if arch == "bigram" and given.get("n_layer"):
-        raise Error("--arch bigram is a table, it has no layers: leave --n-layer out")
-    if "minutes" in given:
-        del settings["steps"]
-    settings |= given | {"size": size}
-    if arch in ("llama", "qwen3") and settings.get("n_head", Config.n_head) % 2 == 0:
-        settings.setdefault("n_kv_head", settings.get("n_head", Config.n_head) // 2)
-    if not given.get("init"):
-        return settings, None, None, None
-    model, tokenizer = load_model(given["init"])
-    need_tokenizer(tokenizer, given["init"])
-    inherited = asdict(model.config) | {"dropout": given.get("dropout", 0.0)}
-    for name in given.keys() & inherited.keys():
-        if given[name] != inherited[name]:
-            raise Error(f"--init {given['init']} has {flag(name)} {inherited[name]}, not {given[name]}")
-    lr = given.get("lr", settings.get("lr", Training.lr) / 10)
-    return settings | inherited | {"lr": lr}, None, model.state_dict(), tokenizer
-
-def save_checkpoint(state, path):
-    """Write to a temporary file, see it on the disk, rename: whatever happens, a whole file is there. The ckpt.pt
-    before becomes ckpt.prev.pt."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.name == "ckpt.pt" and path.exists():
-            os.replace(path, path.with_name("ckpt.prev.pt"))
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # RuntimeError is torch's for a full disk
-        temporary.unlink(missing_ok=True)
-        need = sum(t.nbytes for t in state["model"].values()) * (3 if "optimizer" in state else 1)
-        why, free = getattr(e, "strerror", None) or "writing failed", shutil.disk_usage(path.parent).free
-        raise OSError(f"{path} could not be written ({why}): it needs about {need / 1e6:.0f} MB, and "
-                      f"{free / 1e6:.0f} MB are free") from None
-
 def read_checkpoint(path):
-    """A checkpoint as a dict, on the CPU. Its checksums are verified first, which torch.load does not do."""
+    """A checkpoint as a dict, on the CPU. Its checksums are verified, which torch.load does not."""
     try:
         with zipfile.ZipFile(path) as archive:
             if any(item.compress_type for item in archive.infolist()) or archive.testzip():
                 raise ValueError
         checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
-        if checkpoint["format"] > FORMAT:
-            raise Error(f"{path}: written by a newer gpt.py (format {checkpoint['format']}, this one reads {FORMAT})")
-        return checkpoint
-    except (FileNotFoundError, PermissionError, Error) as e:
-        raise e if isinstance(e, Error) else Error(f"{path}: {e.strerror}") from None
+        written = checkpoint["format"]
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as e:
+        raise Error(f"{path}: {e.strerror}") from None
     except Exception:  # a damaged file may fail in any way
         raise Error(f"{path}: not a checkpoint of gpt.py, or damaged") from None
+    if written != FORMAT:
+        raise Error(f"{path}: format {written} of another gpt.py, this one reads {FORMAT}")
+    return checkpoint
 
-def load_run(folder, *names):
-    """The first of a folder's checkpoints that can be read; a line for each that cannot."""
-    present = [folder / name for name in names or ("best.pt", "ckpt.pt", "ckpt.prev.pt") if (folder / name).exists()]
-    if not present:
-        raise Error(f"{folder}: no run to be found in this folder; this makes one: {command('train', out=folder)}")
-    for path in present:
-        try:
-            return read_checkpoint(path)
-        except Error as e:
-            if path == present[-1]:
-                raise
-            notice(f"{e}; reading the one before it")
+def find_run(out):
+    """The checkpoint that speaks for a run."""
+    for path in (Path(out) / "best.pt", Path(out) / "ckpt.pt"):
+        if path.exists():
+            return path
+    raise Error(f"{out}: there is no run in this folder; this makes one: {shell('train', out=out)}")
 
-def from_checkpoint(checkpoint, name):
+def load_model(source, device="cpu"):
+    """Open whatever `init` may name -> (model, tokenizer)."""
+    path = Path(source).expanduser()
+    if source in GPT2_SIZES or (path / "config.json").is_file():
+        model, tokenizer = load_folder(source)
+        return model.eval().to(device), tokenizer
+    path = find_run(path) if path.is_dir() else path
+    checkpoint = read_checkpoint(path)
     try:
-        model = build(Config(**checkpoint["settings"]["config"]))
+        model = build(Config.pick(checkpoint["settings"]))
         model.load_state_dict(checkpoint["model"])
-        return model.eval(), tokenizer_from(checkpoint["tokenizer"])
+        tokenizer = tokenizer_from(checkpoint["tokenizer"])
     except (KeyError, TypeError, AttributeError, RuntimeError) as e:
-        raise Error(f"{name}: a checkpoint whose parts do not fit together ({first_line(e)})") from None
+        raise Error(f"{path}: the parts of it do not fit together ({first_line(e)})") from None
+    last = path.with_name("ckpt.pt")
+    if path.name == "best.pt" and last.exists():
+        notice(f"{path} is of step {checkpoint['step']}, validation loss "
+               f"{checkpoint['val_loss']:.4f}; --init {last} is the last step")
+    return model.eval().to(device), tokenizer
+
+def open_model(s, half=False):
+    """The model that `init` or `out` names -> (model on its device, tokenizer, precision to call it
+    in). If `half`, its weights are in half precision: sampling, which waits for them, is faster."""
+    device = pick_device(s.device)
+    model, tokenizer = load_model(s.init or find_run(s.out))
+    need_tokenizer(tokenizer, s.init)
+    dtype, _ = pick_dtype(s.dtype, device)
+    model.to(device, dtype if half or dtype == torch.float64 else torch.float32)
+    choose_attention(model, s.attention, dtype)
+    return model, tokenizer, precision(device, dtype)
 
 def need_tokenizer(tokenizer, name):
     if tokenizer is None:
-        raise Error(f"{name}: its tokenizer is none that gpt.py can read")
+        raise Error(f"{name}: there is no tokenizer in it that gpt.py can read")
+
+def run_data(out, tokenizer):
+    """The ids (N,) that a run was trained on, if they are still the same."""
+    checkpoint = read_checkpoint(find_run(out))
+    data = checkpoint["settings"]["data"]
+    tokens = load_tokens(data, tokenizer)
+    if tokens.fingerprint != checkpoint["data_fingerprint"]:
+        raise Error(f"{', '.join(data):.100} has changed since {out} was trained on it")
+    return tokens.ids
 
 def append_line(path, line):
-    line = json.loads(json.dumps(line), parse_constant=lambda name: None)  # JSON has neither NaN nor Infinity
+    line = json.loads(json.dumps(line), parse_constant=lambda name: None)  # JSON has no NaN
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -1554,348 +1613,352 @@ def read_lines(path):
             lines.append(json.loads(line))
     return lines
 
-def keep_lines(path, step):
-    """Cut a log's lines at `step` and after: a run that goes on from there writes them again."""
-    if path.exists():
-        write_whole(path, [(json.dumps(line) + "\n").encode() for line in read_lines(path) if line["step"] < step])
-
 @contextlib.contextmanager
 def locked(folder):
-    """Hold a folder for this process. The operating system lets go of it when the process dies, however it dies."""
+    """Hold a folder for this process. The operating system lets go of it however a process dies."""
     new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")
+        file = open(folder / ".lock", "w", encoding="utf-8")
     except OSError as e:
-        raise Error(f"--out {folder}: {e.strerror}") from None
+        raise Error(f"out {folder}: {e.strerror}") from None
     with file:
         try:
-            if os.name == "nt":
-                import msvcrt
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
+            with contextlib.suppress(ImportError):  # Windows: not locked
                 import fcntl
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise Error(f"--out {folder}: another run is writing there") from None
+            raise Error(f"out {folder}: another run is writing there") from None
         try:
             yield
         finally:
             if new and os.listdir(folder) == [".lock"]:  # a request that was refused leaves nothing
-                shutil.rmtree(folder, ignore_errors=True)
-
-def compiled(model, x, context):
-    """The model compiled by torch, if a first pass forward and back works; else as it was, and a line that says why."""
-    try:
-        fast = torch.compile(model)
-        with context:
-            loss = fast(x, x.clone())[1]  # not x twice: that would be compiled as a case of its own
-        loss.backward()
-    except torch.OutOfMemoryError:
-        pass  # the first step finds how many sequences fit
-    except Exception as e:  # a compiler may fail in any way; training does not need it
-        notice(f"torch.compile does not work here ({first_line(e)}); going on without")
-        fast = model
-    model.zero_grad(set_to_none=True)
-    return fast
+                (folder / ".lock").unlink()
+                folder.rmdir()
 
 def memory_mb(device):
-    """The most memory that was in use, of the GPU or else of the process, in megabytes; None where it is not told."""
+    """The most memory that was in use, of the GPU or else of the process; None on Windows."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e6)
-    try:
+    with contextlib.suppress(ImportError):
         import resource
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3))
-    except ImportError:
-        return None
+        unit = 1e6 if sys.platform == "darwin" else 1e3
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
-# --- Looking inside --------------------------------------------------------------------------------------------------
-# What the model would say next, layer by layer; where its heads look, and what each is worth; when it begins to recite.
+# --- Looking inside ------------------------------------------------------------------------------
+# What the model would say next, layer by layer; where its heads look, and what each is worth; when
+# it begins to recite what it has read.
 
 @torch.no_grad()
-def look(model, idx, lens=True):
-    """Ids (T,) -> the next token's probabilities as each layer has them, (n_layer + 1, T, V), beginning with the bare
-    embedding (the logit lens: the head reads a stream that is not finished), or only as the last one has them; and
-    attention maps (n_layer, H, T, T)."""
-    streams, maps, blocks, training = [], [], getattr(model, "blocks", ()), model.training
-    def recording(q, k, v, dropout_p=0.0):
-        out, probs = plain_attention(q, k, v, maps=True)
-        maps.append(probs[0].float().cpu())
-        return out
-    attends = [block.attn.attend for block in blocks]
-    hooks = [part.register_forward_hook(lambda part, given, x: streams.append(x))
-             for part in ((model.dropout, *blocks) if blocks else ())]
+def logit_lens(model, idx):
+    """Ids (T,) -> the next token's probabilities as each layer has them, (n_layer + 1, T, V), from
+    the bare embedding on: the head reads a stream that is not finished."""
+    streams, hooks = [], []
+    for part in (model.dropout, *model.blocks) if model.config.n_layer else ():
+        hooks.append(part.register_forward_hook(lambda part, given, x: streams.append(x)))
     try:
-        model.eval()
-        for block in blocks:
-            block.attn.attend = recording
-        logits, _ = model(idx[None])
+        logits = model(idx[None])
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
+    views = [model.head(model.norm(x)) for x in streams] or [logits]
+    return torch.cat(views).float().cpu().softmax(dim=-1)
+
+@torch.no_grad()
+def attention_maps(model, idx):
+    """Ids (T,) -> where each token's attention goes, (n_layer, H, T, T). It is the model's own:
+    what `attention` makes of each block's q and k, with the identity in the place of v."""
+    maps, blocks = [], getattr(model, "blocks", ())
+    attends = [block.attn.attend for block in blocks]
+
+    def recording(attend, q, k, v):
+        identity = torch.eye(len(idx), dtype=v.dtype, device=v.device)[None, :, None]
+        probs = attention(q, k, identity.expand(-1, -1, k.size(2), -1))  # (1, T, H, T)
+        maps.append(probs[0].transpose(0, 1).float().cpu())
+        return attend(q, k, v)
+
+    try:
+        for block, attend in zip(blocks, attends):
+            block.attn.attend = functools.partial(recording, attend)
+        model(idx[None])
+    finally:
         for block, attend in zip(blocks, attends):
             block.attn.attend = attend
-    views = torch.cat([model.head(model.norm(x)) for x in streams * lens] or [logits])
-    return views.float().cpu().softmax(dim=-1), torch.stack(maps) if maps else torch.zeros(0, 0, len(idx), len(idx))
+    return torch.stack(maps) if maps else torch.zeros(0, 0, len(idx), len(idx))
 
 def shown_layers(config):
-    """Layers whose maps are kept: evenly spread, with 36 heads at most between them."""
-    return torch.linspace(0, config.n_layer - 1, min(config.n_layer, max(1, 36 // config.n_head))).long()
+    """Layers whose maps are kept: evenly spread, with about 36 heads between them."""
+    count = min(config.n_layer, 36 // config.n_head + 1)
+    return torch.linspace(0, config.n_layer - 1, count).long()
 
-def observe(model, tokenizer, idx):
-    """One look at ids (T,) as plain values: five likeliest tokens a position, ranks of the true ones, lens, maps."""
-    probs, maps = look(model, idx)
-    def word(i):
-        return tokenizer.tokens[i].decode("utf-8", "backslashreplace")
-    def named(values, ids):
-        return [[(word(i), round(p, 4)) for p, i in zip(*row)] for row in zip(values.tolist(), ids.tolist())]
-    true, idx = probs[-1, :-1].gather(-1, idx[1:, None].cpu()), idx.cpu()
-    lower = torch.ones(len(idx), len(idx), dtype=torch.bool).tril()
-    raw = (maps[shown_layers(model.config), :36][..., lower] * 255).round().byte()  # (layers, heads, T (T + 1) / 2)
-    return {"text": [word(i) for i in idx.tolist()], "top": named(*probs[-1].topk(min(5, probs.size(-1)))),
-            "rank": ((probs[-1, :-1] > true).sum(-1) + 1).tolist(), "lens": [named(*row.topk(1)) for row in probs],
-            "maps": base64.b64encode(bytes(raw.flatten().tolist())).decode()}
+def look_at(model, tokenizer, idx):
+    """What the model makes of ids (T,), as plain values for the page."""
+    probs, maps, T = logit_lens(model, idx), attention_maps(model, idx), len(idx)
+    maps = maps[shown_layers(model.config)][..., torch.ones(T, T).tril().bool()]
+    words = [tokenizer.tokens[i].decode("utf-8", "backslashreplace") for i in idx.tolist()]
+    true = probs[-1, :-1].gather(-1, idx[1:, None].cpu())[:, 0]
 
-def recited(text, source, n):
-    """For each character of a text, whether it is in a run of n or more that stands in `source` word for word."""
-    marks = [False] * len(text)
-    for i in range(len(text) - n + 1):
-        if text[i:i + n] in source:
-            marks[i:i + n] = [True] * n
-    return marks
+    def likeliest(row, n):
+        return [[tokenizer.tokens[i].decode("utf-8", "backslashreplace"), round(p, 3)]
+                for p, i in zip(*map(torch.Tensor.tolist, row.topk(min(n, len(row)))))]
 
-def longest_run(text, source):
-    """Characters in the longest piece of a text that stands in `source`. `longest_run("abcd", "xbcy") == 2`"""
-    longest = 0
+    return {"text": words, "loss": [round(x, 3) for x in (-true.log()).tolist()],
+            "top": [likeliest(row, 5) for row in probs[-1]],
+            "lens": [[likeliest(row, 1)[0] for row in layer] for layer in probs],
+            # a character from 0 to o for each 64th of attention, row by row up to the diagonal
+            "maps": bytes((maps * 63 + 48).round().byte().flatten().tolist()).decode()}
+
+def copied(text, source):
+    """For each character of a text, how many from there on stand in `source` in this order.
+    `copied("abcx", "xbc") == [0, 2, 1, 1]`"""
+    lengths, n = [], 0
     for i in range(len(text)):
-        while i + longest < len(text) and text[i:i + longest + 1] in source:
-            longest += 1
-    return longest
+        n = max(0, n - 1)
+        while i + n < len(text) and text[i:i + n + 1] in source:
+            n += 1
+        lengths.append(n)
+    return lengths
 
-def watch(run):
-    """Called by `train` at evaluations and, more densely early, between them: writes a line of probe.jsonl."""
-    model, tokenizer, seen = run.raw, run.tokenizer, run.notes
-    if not seen:
-        seen["texts"] = [tokenizer.decode(tokens[:1 << 22]) for tokens in (run.train_tokens, run.val_tokens)]
-        lines = (seen["texts"][1] or seen["texts"][0])[:2000].splitlines() or [""]
-        ids = tokenizer.encode(max(lines, key=len)) if run.s.probe is None else read_prompt(run.s.probe, tokenizer)[1]
-        seen["idx"] = (ids if len(ids) else first_token(tokenizer))[:min(32, run.T)].long().to(run.device)
-    def write(idx, tokens, temperature):
-        rows = zip(*(ids.tolist() for ids in generate(model.eval(), idx, tokens, temperature, generator=generator)))
-        return [tokenizer.decode(torch.tensor(row)) for row in rows]
-    generator, training, idx = torch.Generator().manual_seed(run.s.seed), model.training, seen["idx"]
-    line = {"step": run.step, **observe(model, tokenizer, idx)}
-    with contextlib.suppress(Error), precision(run.device, run.dtype):  # training sees to logits that are not finite
-        line["greedy"] = tokenizer.decode(idx[:8]) + write(idx[None, :8], 12, 0)[0]
-        if run.evaluated():
-            line["samples"] = texts = write(first_token(tokenizer).to(run.device).expand(3, 1), 80, 0.8)
-            line["longest"] = [max(longest_run(text, source) for text in texts) for source in seen["texts"]]
-            line["share"] = [sum(sum(recited(text, source, 50)) for text in texts) / max(1, sum(map(len, texts)))
-                             for source in seen["texts"]]
-    model.train(training)
-    append_line(run.out / "probe.jsonl", line)
+def record_probe(run):
+    """Add to probe.jsonl what the model makes of its line at this step, and what it writes."""
+    model, tokenizer, idx = run.model.eval(), run.tokenizer, run.probe_ids.to(run.device)
+    record = {"step": run.step, "samples": []}
+    with contextlib.suppress(Error), precision(run.device, run.dtype):  # logits not finite: no text
+        record |= look_at(model, tokenizer, idx)
+        first = torch.tensor([tokenizer.first] * 3, device=run.device)
+        for start, n, temperature in ((idx[None, :8], 12, 0.0), (first, 40, 0.8)):
+            s = Sampling(temperature=temperature, seed=run.s.seed)
+            rows = torch.stack(list(generate(model, start, n, s)), dim=1)
+            record["samples"] += [tokenizer.decode(row) for row in rows]
+    model.train()
+    append_line(run.out / "probe.jsonl", record)
 
-def roles(model, idx):
-    """The share of each head's attention that goes where a name says, (n_layer, H), over ids (T,) from the ninth on."""
-    _, maps = look(model, idx.to(next(model.parameters()).device), lens=False)
-    at, idx = torch.arange(len(idx)), idx.cpu()
-    same = (idx[:, None] == idx) & (at[:, None] > at)
-    masks = {"previous token": at[:, None] - 1 == at, "first token": at.expand(len(idx), -1) == 0,
-             "same token": same, "after the same token": same.roll(1, dims=1)}  # the last is an induction head's
-    return {name: (maps * mask).sum(-1)[..., 8:].mean(-1) for name, mask in masks.items()}
+@contextlib.contextmanager
+def zeroed(*tensors):
+    kept = [tensor.clone() for tensor in tensors]
+    for tensor in tensors:
+        tensor.zero_()
+    try:
+        yield
+    finally:
+        for tensor, values in zip(tensors, kept):
+            tensor.copy_(values)
 
-def worth(model, tokens):
-    """The rise of the loss on a text (N,) when what a head gives is zeroed, (n_layer, H), and when a block is skipped,
-    (n_layer,)."""
-    config = model.config
-    limit = max(1, min(1 << 15, (1 << 34) // count(model)) // config.block_size)
-    base, _ = mean_loss(model, tokens, limit=limit)
-    def rise(hook):
-        try:
-            return mean_loss(model, tokens, limit=limit)[0] - base
-        finally:
-            hook.remove()
-    def silence(head):
-        def hook(part, given):
-            x = given[0].unflatten(-1, (config.n_head, -1)).clone()  # (B, T, H, D)
-            x[:, :, head] = 0
-            return x.flatten(-2)
-        return hook
-    heads = [[rise(block.attn.out.register_forward_pre_hook(silence(head))) for head in range(config.n_head)]
+@torch.no_grad()
+def head_importance(model, ids):
+    """How much the loss on a text (N,) rises without a head, that is with its columns of the output
+    projection at zero, n_layer lists of H; and without a block, n_layer."""
+    D, limit = model.config.head_dim, min(1 << 15, (1 << 34) // count_parameters(model))
+    base, _ = estimate_loss(model, ids, limit=limit)
+
+    def rise(*tensors):
+        with zeroed(*tensors):
+            return round(estimate_loss(model, ids, limit=limit)[0] - base, 4)
+
+    heads = [[rise(columns) for columns in block.attn.out.weight.split(D, dim=1)]
              for block in model.blocks]
-    return heads, [rise(block.register_forward_hook(lambda part, given, x: given[0])) for block in model.blocks]
+    return heads, [rise(*block.attn.out.parameters(), *block.mlp.down.parameters())
+                   for block in model.blocks]
 
 def bigram_loss(train, val, V):
-    """Loss on `val` of a table that counts what follows what in `train`, plus a tenth: where a bigram model ends."""
+    """The loss on `val` of counting what follows what in `train`, a tenth added to each count."""
     train, val = train[:1 << 24].long(), val[:1 << 24].long()
     counts = torch.bincount(train[:-1] * V + train[1:], minlength=V * V).view(V, V) + 0.1
     return -(counts / counts.sum(1, keepdim=True)).log()[val[:-1], val[1:]].mean().item()
 
 @dataclass
-class Inspection(Machine):
-    probe: str = setting("", "look at this text, in the best model alone (default: what `train` recorded)")
+class Inspection(Machine, Trained):
+    """At what to look."""
+    probe: str = setting("", "look at this text, in the best model alone")
 
-def inspect(**given):
-    """Write inspect.html, a page without network or library, into the run's folder -> its path. In a notebook it is
-    shown too. Keyword arguments are the flags of `inspect`."""
-    s = Inspection(**check(given, Inspection))
+@command(Inspection)
+def inspect(s):
+    """write a page that shows what a model has learnt, and how"""
     (model, tokenizer, context), out, log, records = open_model(s), Path(s.out), [], []
     config, V, train, val = model.config, len(tokenizer.tokens), torch.zeros(0), torch.zeros(0)
     if not s.init:
-        log, records = read_lines(out / "log.jsonl"), read_lines(out / "probe.jsonl") if not s.probe else []
+        log = read_lines(out / "log.jsonl")
+        records = [] if s.probe else read_lines(out / "probe.jsonl")
         try:
-            train, val = split(load_tokens(load_run(out)["settings"]["training"]["data"], tokenizer)[0])
+            train, val = split(run_data(out, tokenizer))
         except Error as e:
             notice(f"{e}; the page goes without what needs the text")
     if not records:
-        idx = read_prompt(s.probe, tokenizer)[1] if s.probe else val if len(val) else train
-        idx = idx[:min(32, config.block_size)].long()
-        if not len(idx):
-            raise Error("inspect: there is no record and no text to look at; name one with --probe TEXT")
-        records = [{"step": 0, **observe(model, tokenizer, idx.to(next(model.parameters()).device))}]
-    records = [records[i] for i in torch.linspace(0, len(records) - 1, min(40, len(records))).long().tolist()]
-    source = tokenizer.decode(train[:1 << 22])
+        ids = torch.tensor(read_prompt(s.probe, tokenizer)[1]) if s.probe else val
+        ids = ids[:min(40, config.block_size)].long()
+        if len(ids) < 2:
+            raise Error("inspect: there is no record and no text to look at; name one with probe")
+        ids = ids.to(next(model.parameters()).device)
+        records = [{"step": 0, "samples": [], **look_at(model, tokenizer, ids)}]
+    sources = [tokenizer.decode(ids[:1 << 22]) for ids in (train, val)]
     for record in records:
-        marked = [zip(text, recited(text, source, 20)) for text in record.get("samples", ())]
-        record["samples"] = [[("".join(c for c, _ in run), mark) for mark, run in groupby(pairs, itemgetter(1))]
-                             for pairs in marked]
-    scores, each, layers = {}, None, []
+        runs = [[copied(text, source) for text in record["samples"]] for source in sources]
+        record["longest"] = [max(map(max, lengths), default=0) for lengths in runs]
+        record["samples"] = list(zip(record["samples"], runs[0]))
+    heads, layers, levels = [], [], {"ln(V)": math.log(V)}
     if config.n_layer and len(val) > 16:
         notice(f"measuring what {config.n_layer * config.n_head} heads are worth")
         with context:
-            scores, (each, layers) = roles(model, val[:min(256, config.block_size)].long()), worth(model, val)
-    heads = [dict(layer=l, head=h, worth=each and each[l][h],
-                  scores={role: x[l, h].item() for role, x in scores.items()})
-             for l in shown_layers(config).tolist() for h in range(config.n_head)][:36]
-    levels = {"ln(V)": math.log(V)}
+            heads, layers = head_importance(model, val)
     if len(val) > 1 and V <= 4096:
-        levels["bigram table"] = bigram_loss(train, val, V)
-    about = f"{count(model):,} parameters, {config.n_layer} layers, {config.n_head} heads, a vocabulary of {V:,} tokens"
-    data = json.dumps(dict(about=about, log=log, levels=levels, records=records, heads=heads, layers=layers))
-    page = PAGE.replace("DATA", data.replace("<", "\\u003c"), 1)
+        levels["bigram"] = bigram_loss(train, val, V)
+    best = min((line["val_loss"] for line in log if line["val_loss"] is not None), default=None)
+    title = f"{s.init or out}: {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide"
+    title += "" if best is None else f", validation loss {best:.3f}"
+    data = json.dumps({
+        "title": title, "about": f"{count_parameters(model):,} parameters, {V:,} tokens",
+        "log": log, "levels": levels, "records": records, "shown": shown_layers(config).tolist(),
+        "n_head": config.n_head, "heads": heads, "layers": layers})
+    page = PAGE.replace("TITLE", html.escape(title))
+    page = page.replace("DATA", data.replace("<", "\\u003c"), 1)
+    path = out / f"inspect{'-init' if s.init else '-probe' if s.probe else ''}.html"
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "inspect.html", [page.encode()])
-    say(out / "inspect.html")
+    with atomic(path) as file:
+        file.write(page.encode())
+    say(path)
     if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
         from IPython.display import HTML, display
-        display(HTML(f'<div><iframe srcdoc="{html.escape(page)}" width="100%" height="900"></iframe></div>'))
-    return out / "inspect.html"
+        display(HTML(f'<iframe srcdoc="{html.escape(page)}" width="100%" height="900"></iframe>'))
+    return path
 
 @dataclass
 class Ablation(Training):
-    out: str = setting("out-ablate", "folder of all the runs")
-    vary: list = setting((), "what to vary: n_head=1,2,4 varies one setting, 'n_head=1,2 n_layer=2,4' makes every pair")
-    seeds: int = setting(1, "runs of each setting, with the seeds that follow --seed", 1)
+    """What to compare."""
+    vary: list = setting((), "n_head=1,2,4; 'n_head=1,2 n_layer=2,4' makes all four pairs")
+    seeds: int = setting(1, "runs of each setting, with the seeds that follow seed", 1)
 
-def ablate(**given):
-    """Train every setting that `vary` names, everything else being equal; print a table, write ablate.json -> its rows.
-    Interrupted and called again, it goes on where it was. Keyword arguments are the flags of `ablate`."""
-    given = check(given, Config, Ablation)
-    vary, seeds, out = given.pop("vary", []), given.pop("seeds", 1), Path(given.pop("out", Ablation.out))
-    groups, path = [], out / "ablate.json"
-    if not vary or not all("=" in word for words in vary for word in words.split()):
-        raise Error("ablate: --vary takes a setting and its values, as in --vary n_head=1,2,4 --vary arch=bigram,qwen3")
-    for words in vary:
-        axes = [[(name.replace("-", "_"), {"true": True, "false": False}.get(value.lower(), value))
-                 for value in values.split(",")] for name, _, values in (word.partition("=") for word in words.split())]
-        groups.append([check(dict(plan), Config, Training) for plan in itertools.product(*axes)])
-    plans = [plan for group in groups for plan in group]
-    fixed = {"seed", "out", "resume", "overwrite"} & {name for plan in plans for name in plan}
-    if fixed:
-        raise Error(f"ablate: {flag(fixed.pop())} cannot vary")
-    if {"resume", "overwrite"} & given.keys():
-        raise Error("ablate goes on by itself where it was; another --out starts anew")
-    for plan in plans:  # what cannot work is found before the first hour has passed
-        settings, *_ = settle({**given, **plan, "out": str(out / "new")}, torch.device("cpu"))
-        config, training = parts(settings, Config, Training)
-        Config(**config), Training(**training)
+@command(Ablation)
+def ablate(s):
+    """train a model in several settings, and compare"""
+    given, out = dict(s.given), Path(s.given.get("out", "out-ablate"))
+    for name in ("vary", "seeds", "out"):
+        given.pop(name, None)
+    if refused := {"resume", "overwrite"} & given.keys():
+        raise Error(f"ablate goes on by itself where it was: leave {refused.pop()} out")
+    sweeps = [plans_of(words) for words in s.vary]
+    if not sweeps:
+        raise Error("ablate: vary takes a setting and its values, as in --vary n_head=1,2,4")
+    for plan in itertools.chain(*sweeps):  # what cannot work is found before an hour has passed
+        Training.from_given(given | Training.check(plan))
+    path = out / "ablate.json"
     done = read_json(path) if path.exists() else {"base": given, "rows": []}
     if done["base"] != given:
-        raise Error(f"{path} has other settings: {done['base']}; name another --out")
-    def text(plan):
-        return " ".join(f"{name}={value}" for name, value in plan.items())
-    for i, (plan, n) in enumerate(todo := list(itertools.product(plans, range(seeds)))):
-        seed, rows = given.get("seed", Machine.seed) + n, done["rows"]
-        if any(row["setting"] == text(plan) and row["seed"] == seed for row in rows):
+        raise Error(f"{path} has other settings, {quote(done['base'])}; name another out")
+    todo = dict.fromkeys((plan_name(plan), s.seed + n) for plan in itertools.chain(*sweeps)
+                         for n in range(s.seeds))
+    plans = {plan_name(plan): plan for plan in itertools.chain(*sweeps)}
+    for i, (name, seed) in enumerate(todo):
+        if any((row["setting"], row["seed"]) == (name, seed) for row in done["rows"]):
             continue
-        folder = out / f"{text(plan)} seed={seed}"
+        folder = out / f"{name} seed={seed}"
         notice(f"run {i + 1} of {len(todo)}: {folder.name}")
+        settings = given | plans[name] | {"seed": seed, "overwrite": True}
+        settings = {"resume": True} if (folder / "ckpt.pt").exists() else settings
         with contextlib.redirect_stdout(io.StringIO()):
-            begun = {"resume": True} if can_resume(folder) else given | plan | {"seed": seed, "overwrite": True}
-            last = train(**begun, out=str(folder))
+            last = train(**settings, out=str(folder))
             if last["signal"]:
-                notice("the same `ablate` command goes on with it, and with the runs after it")
+                notice("the same command goes on with it, and with the runs after it")
                 return {"signal": last["signal"]}
-            loss = evaluate(out=str(folder), device=given.get("device", "auto"))["loss"]
-        rows.append({"setting": text(plan), "seed": seed, "parameters": count(load_model(folder)[0]), "loss": loss,
-                     "steps": last["step"], "seconds": round(last["seconds"], 1)})
-        write_whole(path, [json.dumps(done, indent=1).encode()])
+            loss = evaluate(out=str(folder), device=s.device)["loss"]
+        parameters = count_parameters(load_model(folder)[0])
+        done["rows"].append({"setting": name, "seed": seed, "parameters": parameters, "loss": loss,
+                             "steps": last["step"], "seconds": round(last["seconds"], 1)})
+        out.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as file:
+            file.write(json.dumps(done, indent=1).encode())
         notice(f"loss {loss:.4f} after {last['seconds']:.0f} s")
+    print_table(sweeps, done["rows"])
+    return done
+
+def plans_of(words):
+    """`n_head=1,2 n_layer=2,4` -> the four dicts of settings."""
+    axes = []
+    for word in words.split():
+        name, _, values = word.partition("=")
+        name = name.replace("-", "_")
+        if not values or name in ("seed", "out", "resume", "overwrite"):
+            raise Error(f"ablate: {quote(word)} cannot vary; vary takes it as in n_head=1,2,4")
+        axes.append([(name, value) for value in values.split(",")])
+    return [dict(plan) for plan in itertools.product(*axes)]
+
+def plan_name(plan):
+    return " ".join(f"{name}={value}" for name, value in plan.items())
+
+def print_table(sweeps, rows):
     say("| setting | parameters | loss | improvement over the first of its sweep | seconds |")
     say("| --- | --- | --- | --- | --- |")
-    for plan in plans:
-        rows = [row for row in done["rows"] if row["setting"] == text(plan)]
-        loss, seconds = (torch.tensor([row[key] for row in rows], dtype=torch.float64) for key in ("loss", "seconds"))
-        first = loss.mean() if any(plan is group[0] for group in groups) else first
-        spread = f" ± {loss.std():.4f}" if len(rows) > 1 else ""
-        say(f"| {text(plan)} | {rows[0]['parameters']:,} | {loss.mean():.4f}{spread} | {first - loss.mean():.4f} | "
-            f"{seconds.mean():.0f} |")
-    return done
+    for plans in sweeps:
+        first = None
+        for name in dict.fromkeys(map(plan_name, plans)):
+            same = [row for row in rows if row["setting"] == name]
+            loss = torch.tensor([row["loss"] for row in same], dtype=torch.float64)
+            seconds = sum(row["seconds"] for row in same) / len(same)
+            first = loss.mean() if first is None else first
+            spread = f" ± {loss.std():.4f}" if len(same) > 1 else ""
+            say(f"| {name} | {same[0]['parameters']:,} | {loss.mean():.4f}{spread} | "
+                f"{first - loss.mean():.4f} | {seconds:.0f} |")
 
 PAGE = r"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Inside a GPT</title>
+<title>TITLE</title>
 <style>
-:root { color-scheme: light dark; --ink: light-dark(#222, #ddd); --soft: light-dark(#6b6b6b, #999);
-  --back: light-dark(#fff, #16181c); --line: light-dark(#ddd, #383c44); --a: light-dark(#0b62c4, #5aa9ff);
-  --b: light-dark(#b4540a, #ffa04d); --good: light-dark(#0a7a38, #4ccb80) }
-body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--back); max-width: 76rem;
-  margin: auto; padding: 0 1rem 4rem }
-h2 { margin: 2.2rem 0 .2rem } p, small { color: var(--soft); margin: .2rem 0 .8rem; max-width: 50rem }
-header { position: sticky; top: 0; background: var(--back); border-bottom: 1px solid var(--line); padding: .5rem 0 }
-input { width: 100%; accent-color: var(--a) } .row { display: flex; flex-wrap: wrap; gap: 1rem }
-figure { margin: 0; flex: 1 1 22rem; max-width: 36rem } path { stroke-width: 2 }
-svg text { fill: var(--soft); font-size: 11px } .card { width: 8.4rem }
-.bar { font: 12px/1.5 ui-monospace, monospace; white-space: pre; overflow: hidden; padding: 0 .3rem;
-  background: linear-gradient(to right, color-mix(in srgb, var(--a) 35%, transparent) var(--p), transparent var(--p)) }
-.true { color: var(--good); font-weight: bold } table { border-collapse: collapse; font: 12px ui-monospace, monospace }
-td, th { border: 1px solid var(--line); padding: .15rem .35rem; white-space: pre; text-align: center }
-.wide { overflow-x: auto } canvas { width: 8.4rem; image-rendering: pixelated; border: 1px solid var(--line) }
-pre { white-space: pre-wrap; border-left: 3px solid var(--line); padding-left: .8rem; flex: 1 1 20rem; margin: .3rem 0 }
+:root { color-scheme: light dark; --ink: light-dark(#222, #ddd); --soft: light-dark(#666, #999);
+  --back: light-dark(#fff, #16181c); --line: light-dark(#ddd, #383c44);
+  --a: light-dark(#0b62c4, #5aa9ff); --b: light-dark(#b4540a, #ffa04d) }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back);
+  max-width: 64rem; margin: auto; padding: 0 1rem 4rem }
+h1 { font-size: 1.3rem } h2 { margin: 2rem 0 .2rem; font-size: 1.1rem }
+p, small, figcaption { color: var(--soft); margin: .2rem 0 .6rem }
+header { position: sticky; top: 0; background: var(--back); padding: .5rem 0; z-index: 1;
+  border-bottom: 1px solid var(--line) }
+header div { display: flex; gap: .6rem } input { flex: 1; accent-color: var(--a) }
+button { font: inherit; color: inherit; background: none; border: 1px solid var(--line) }
+#line { font: 1.15rem/2.1 ui-monospace, monospace }
+#line button, #heads button { padding: .1rem .12rem; border-color: transparent; cursor: pointer;
+  border-bottom: 3px solid color-mix(in srgb, var(--a) calc(var(--w, 0) * 1%), transparent);
+  background: color-mix(in srgb, var(--b) calc(var(--p, 0) * 1%), transparent) }
+#line button[aria-pressed=true], #heads button[aria-pressed=true] { outline: 2px solid var(--ink) }
+.row { display: flex; flex-wrap: wrap; gap: 1rem 2rem } figure { margin: 0; flex: 1 1 20rem }
+table { border-collapse: collapse; font: 13px/1.6 ui-monospace, monospace }
+td, th { padding: 0 .5rem; text-align: start; white-space: pre }
+td { background: linear-gradient(to right, color-mix(in srgb, var(--a) 35%, transparent)
+  calc(var(--p, 0) * 1%), transparent 0) } .true { font-weight: bold; text-decoration: underline }
+#heads { overflow-x: auto } #heads td { background: none; text-align: center; vertical-align: top }
+canvas { width: 6rem; height: 6rem; image-rendering: pixelated; border: 1px solid var(--line) }
+#heads small { display: block; font: 11px/1.3 system-ui; white-space: normal; width: 6rem }
+pre { white-space: pre-wrap; border-inline-start: 3px solid var(--line); padding: 0 .8rem;
+  flex: 1 1 18rem }
 mark { background: color-mix(in srgb, var(--b) 40%, transparent); color: inherit }
+svg text { fill: var(--soft); font-size: 11px } path { fill: none; stroke-width: 2 }
 </style>
-<h1>Inside a GPT</h1><p id="about"></p>
-<header><label for="at">Training step <output id="now" for="at"></output></label>
-<input id="at" type="range" min="0" value="0"></header>
-<main>
-<h2>Loss</h2>
-<p>Nats per token. The axis of steps is logarithmic, for most happens at the beginning.</p>
-<div class="row" id="curves"></div>
-<h2>The next token</h2>
-<p>After each token of the probe, the five that the model finds likeliest. <b class="true">Green</b> is what the text
-goes on with; the number behind it is its place among all.</p>
-<div class="row" id="next"></div>
-<h2>Layer by layer</h2>
-<p>The likeliest next token, if the model had to answer after so many blocks (the logit lens). The stronger the colour,
-the surer; green is right.</p>
-<div class="wide"><table id="lens"></table></div>
+<h1>TITLE</h1><p id="about"></p>
+<header><div><button id="play" aria-label="play">▶</button><input id="at" type="range" min="0"
+aria-label="training step"></div><output id="now"></output></header>
+<h2>The line that the model reads</h2>
+<p>A line of the validation text, which it never trains on. The redder a token, the more it cost:
+its loss, in nats. Choose one, by pointer or arrow keys, to see what the model expects after it.</p>
+<div id="line" dir="auto"></div>
+<p id="chosen" aria-live="polite"></p>
+<div class="row"><div><small>Likeliest next tokens</small><table id="next"></table></div>
+<div><small>The likeliest, if it had to answer after so many blocks (the logit lens)</small>
+<table id="lens"></table></div></div>
 <h2>Where heads look</h2>
-<p>Row: the token that looks. Column: the token looked at. Point at a map, or focus it and use the arrow keys, for its
-values. A head is named after where at least 0.4 of its attention goes, on average over validation text: to the token
-before, to the first token, to earlier tokens equal to this one, or to those right after such. Worth: the rise of the
-validation loss when what this head gives is zeroed. Both are of the model with the lowest validation loss.</p>
-<p id="cell" aria-live="polite">&nbsp;</p>
-<div class="row" id="maps"></div>
-<div class="wide" id="layers"></div>
+<p>A row is a token that looks, a column the token looked at. Choose a head: the line above is then
+underlined where the chosen token looks. A head has a name when 0.4 of its attention, from the ninth
+token on, goes to the token before, the first token, earlier ones of the same kind, or what came
+after those (induction). Worth: how much the loss rises without it, at the end of the run.</p>
+<div id="heads"></div>
+<h2>Over training</h2>
+<p>Steps on a logarithmic axis, for most happens at the beginning.</p>
+<div class="row" id="curves"></div>
 <h2>What it writes</h2>
-<p>First the likeliest continuation of the probe's first eight tokens, then samples at temperature 0.8;
-<mark>marked</mark> is what stands in the training text word for word for 20 characters or more.</p>
+<p>First the likeliest continuation of the line's first tokens, then samples at temperature 0.8.
+<mark>Marked</mark>: 20 characters or more that stand in the training text word for word.</p>
 <div class="row" id="texts"></div>
-</main>
 <script>
 const D = DATA, R = D.records, $ = id => document.getElementById(id)
-const shown = t => t.replace(/\n/g, '⏎').replace(/ /g, '·').replace(/\t/g, '⇥')
+const hidden = {'\n': '⏎', ' ': '·', '\t': '⇥', '\r': '␍', '\u200b': '∅', '\u00a0': '⍽'}
+const shown = t => t.replace(/[\n \t\r\u200b\u00a0]/g, c => hidden[c]) || '∅'
 function add(parent, tag, text = '', attributes = {}) {
   const kind = ['svg', 'path', 'text', 'line'].includes(tag) ? '2000/svg' : '1999/xhtml'
   const e = document.createElementNS('http://www.w3.org/' + kind, tag)
@@ -1904,250 +1967,301 @@ function add(parent, tag, text = '', attributes = {}) {
   parent.append(e)
   return e
 }
+const state = {step: R.at(-1).step, token: 0, head: '1.1'}
+for (const [k, v] of new URLSearchParams(location.hash.slice(1))) state[k] = k === 'head' ? v : +v
+const T = R[0].text.length, size = T * (T + 1) / 2
+const record = () => R.findLast(r => r.step <= state.step) ?? R[0]
+const weight = (r, n, i, j) =>
+  j > i ? 0 : (r.maps.charCodeAt(n * size + i * (i + 1) / 2 + j) - 48) / 63
 
-// Curves over training. A series is [name, colour, [[step, y], ...]]; levels are lines across.
-const last = Math.max(1, ...D.log.map(l => l.step), ...R.map(r => r.step)), markers = []
-const x = step => 40 + 440 * Math.log1p(step) / Math.log1p(last)
+// What a head does at this step, worked out from its map.
+function role(r, n) {
+  const sums = {'token before': 0, 'first token': 0, 'same token': 0, 'after the same': 0}
+  const from = Math.min(8, T >> 1)
+  for (let i = from; i < T; i++) for (let j = 0; j <= i; j++) {
+    const w = weight(r, n, i, j) / (T - from)
+    if (j === i - 1) sums['token before'] += w
+    if (j === 0) sums['first token'] += w
+    if (j < i && r.text[j] === r.text[i]) sums['same token'] += w
+    if (j > 0 && j < i && r.text[j - 1] === r.text[i]) sums['after the same'] += w
+  }
+  const [name, share] = Object.entries(sums).sort((a, b) => b[1] - a[1])[0]
+  return share >= 0.4 ? `${name} ${share.toFixed(2)}` : ''
+}
+
+// Curves: a series is [name, colour, [[step, y], ...]], levels are lines across.
+const last = Math.max(1, ...R.map(r => r.step)), curves = []
+const x = step => 40 + 430 * Math.log1p(step) / Math.log1p(last)
 function chart(title, series, levels = {}) {
-  series = series.filter(s => s[2].length)
-  if (!series.length) return
-  const top = Math.max(...series.flatMap(s => s[2].map(p => p[1])), ...Object.values(levels)) * 1.03 || 1
-  const y = v => 190 - 175 * v / top, end = s => `${s[0]} ${s[2].at(-1)[1].toFixed(2)}`
-  const figure = add($('curves'), 'figure'), svg = add(figure, 'svg', '', {viewBox: '0 0 500 210', role: 'img',
-    'aria-label': `${title}; at the end: ${series.map(end).join(', ')}`})
+  series = series.map(s => [s[0], s[1], s[2].filter(p => p[1] != null)]).filter(s => s[2].length)
+  const high = Math.max(...series.flatMap(s => s[2].map(p => p[1])), ...Object.values(levels))
+  if (!series.length || high <= 0) return
+  const unit = 10 ** Math.floor(Math.log10(high / 2))
+  const tick = unit * [1, 2, 5].find(m => high <= 5 * m * unit)
+  const top = Math.ceil(high / tick) * tick, y = v => 190 - 175 * v / top
+  const figure = add($('curves'), 'figure')
+  const svg = add(figure, 'svg', '', {viewBox: '0 0 500 210', role: 'img', 'aria-label': title})
   for (let s = 1; s <= last; s *= 4) add(svg, 'text', s, {x: x(s), y: 205, 'text-anchor': 'middle'})
-  for (let v = 0; v <= top; v += top / 4)
-    add(svg, 'text', v.toPrecision(3), {x: 34, y: y(v) + 4, 'text-anchor': 'end'})
+  for (let v = 0; v <= top + tick / 2; v += tick)
+    add(svg, 'text', +v.toPrecision(3), {x: 34, y: y(v) + 4, 'text-anchor': 'end'})
   for (const [name, v] of Object.entries(levels)) {
-    add(svg, 'line', '', {x1: 40, x2: 480, y1: y(v), y2: y(v), stroke: 'var(--soft)', 'stroke-dasharray': 4})
-    add(svg, 'text', `${name} ${v.toFixed(3)}`, {x: 480, y: y(v) - 4, 'text-anchor': 'end'})
+    add(svg, 'line', '', {x1: 40, x2: 470, y1: y(v), y2: y(v), stroke: 'var(--soft)',
+      'stroke-dasharray': 4})
+    add(svg, 'text', `${name} ${v.toFixed(3)}`, {x: 470, y: y(v) - 4, 'text-anchor': 'end'})
   }
   for (const [, stroke, points] of series)
-    add(svg, 'path', '', {d: 'M' + points.map(p => [x(p[0]), y(p[1])]).join('L'), fill: 'none', stroke})
-  markers.push(add(svg, 'line', '', {y1: 10, y2: 190, stroke: 'var(--ink)'}))
-  const caption = add(figure, 'figcaption', title + ': ')
-  for (const s of series) add(caption, 'b', end(s) + ' ', {style: `color: ${s[1]}`})
+    add(svg, 'path', '', {d: 'M' + points.map(p => [x(p[0]), y(p[1])]).join('L'), stroke})
+  curves.push({title, series, marker: add(svg, 'line', '', {y1: 10, y2: 190, stroke: 'var(--ink)'}),
+    caption: add(figure, 'figcaption')})
 }
-const logged = key => D.log.filter(l => Number.isFinite(l[key])).map(l => [l.step, l[key]])
-const both = key => ['training', 'validation'].map((name, i) => [`the ${name} text`, i ? 'var(--b)' : 'var(--a)',
-  R.filter(r => r[key]).map(r => [r.step, r[key][i]])])
-$('about').textContent = D.about
-chart('Loss', [['training', 'var(--a)', logged('train_loss')], ['validation', 'var(--b)', logged('val_loss')]],
-  D.levels)
-chart('Longest run of characters in a sample that stands word for word in', both('longest'))
-chart('Share of the samples in such runs of 50 or more, in', both('share'))
+const over = (rows, f) => rows.map(r => [r.step, f(r)])
+chart('Loss, nats per token', [['training', 'var(--a)', over(D.log, r => r.train_loss)],
+  ['validation', 'var(--b)', over(D.log, r => r.val_loss)]], D.levels)
+chart('Longest piece of a sample, in characters, that stands word for word in', [
+  ['the training text', 'var(--a)', over(R, r => r.longest?.[0])],
+  ['the validation text', 'var(--b)', over(R, r => r.longest?.[1])]])
 
-// One canvas for each head's map; `draw` fills them.
-let T = 1
-const canvases = D.heads.map(head => {
-  const best = Object.entries(head.scores).sort((a, b) => b[1] - a[1])[0]
-  const name = `layer ${head.layer + 1}, head ${head.head + 1}`, box = add($('maps'), 'div', '', {class: 'card'})
-  const role = best?.[1] >= 0.4 ? `${best[0]} ${best[1].toFixed(2)}` : ''
-  const canvas = add(box, 'canvas', '', {tabindex: 0, role: 'img',
-    'aria-label': `attention of ${name}, ${role}`})
-  add(box, 'div', name)
-  add(box, 'div', role, {class: 'true'})
-  if (head.worth != null) add(box, 'small', `worth ${head.worth.toFixed(3)}`)
-  const cell = [0, 0], token = i => `“${shown(R[at].text[i])}” (${i + 1})`
-  const move = (...to) => {
-    to.forEach((v, i) => cell[i] = Math.max(0, Math.min(T - 1, Math.floor(v))))
-    const weight = (canvas.map(...cell) / 255).toFixed(2)
-    $('cell').textContent = `${name}: ${token(cell[0])} looks at ${token(cell[1])}: ${weight}`
-  }
-  canvas.onmousemove = e => move(e.offsetY / canvas.clientHeight * T, e.offsetX / canvas.clientWidth * T)
-  canvas.onkeydown = e => {
-    const by = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1]}[e.key]
-    if (by) { move(cell[0] + by[0], cell[1] + by[1]); e.preventDefault() }
-  }
-  return canvas
+// The parts of the page are made once; `draw` fills them for the step, token and head chosen.
+$('about').textContent = D.about
+const tokens = R[0].text.map((t, i) => {
+  const b = add($('line'), 'button', '', {dir: 'auto'})
+  add(b, 'bdi', shown(t))
+  b.onclick = b.onfocus = () => set({token: i})
+  return b
 })
-if (D.layers.length) {
-  const table = add($('layers'), 'table'), head = add(table, 'tr'), row = add(table, 'tr')
-  add(head, 'th', 'block skipped', {scope: 'row'}); add(row, 'th', 'loss rises by', {scope: 'row'})
-  D.layers.forEach((worth, i) => { add(head, 'th', i + 1, {scope: 'col'}); add(row, 'td', worth.toFixed(3)) })
+$('line').onkeydown = e => {
+  const by = {ArrowRight: 1, ArrowLeft: -1}[e.key]
+  if (!by) return
+  e.preventDefault()
+  set({token: Math.max(0, Math.min(T - 1, state.token + by))})
+  tokens[state.token].focus()
 }
-let at = R.length - 1
-function draw() {  // everything that the slider moves
-  const r = R[at], val = D.log.findLast(l => l.val_loss != null && l.step <= r.step)?.val_loss
-  $('now').textContent = r.step + (val ? `, validation loss ${val.toFixed(3)}` : '')
-  for (const marker of markers) for (const end of ['x1', 'x2']) marker.setAttribute(end, x(r.step))
-  for (const id of ['next', 'lens', 'texts']) $(id).textContent = ''
-  r.top.forEach((top, i) => {
-    const card = add($('next'), 'div', '', {class: 'card'}), truth = r.text[i + 1]
-    add(card, 'b', `${i + 1} ${shown(r.text[i])}`)
-    if (truth) add(card, 'small', ` then ${shown(truth)} (rank ${r.rank[i]})`)
-    for (const [token, p] of top)
-      add(card, 'div', `${shown(token).padEnd(4)} ${(100 * p).toFixed(1)}%`,
-        {class: token === truth ? 'bar true' : 'bar', style: `--p: ${100 * p}%`})
-  })
-  const head = add($('lens'), 'tr')
-  add(head, 'th', 'after block', {scope: 'col'})
-  for (const token of r.text) add(head, 'th', shown(token), {scope: 'col'})
-  r.lens.forEach((layer, l) => {
-    const row = add($('lens'), 'tr')
-    add(row, 'th', l || 'none', {scope: 'row'})
-    layer.forEach(([[token, p]], i) => add(row, 'td', shown(token), {class: token === r.text[i + 1] ? 'true' : '',
-      title: p, style: `background: color-mix(in srgb, var(--a) ${50 * p}%, transparent)`}))
-  })
-  T = r.text.length
-  const bytes = Uint8Array.from(atob(r.maps), c => c.charCodeAt(0)), size = T * (T + 1) / 2
-  const ink = getComputedStyle(document.body).color.match(/\d+/g).slice(0, 3)
-  canvases.forEach((canvas, n) => {
-    const image = new ImageData(T, T)
-    canvas.width = canvas.height = T
-    canvas.map = (i, j) => j > i ? 0 : bytes[n * size + i * (i + 1) / 2 + j]
-    for (let i = 0; i < T; i++)
-      for (let j = 0; j < T; j++) image.data.set([...ink, canvas.map(i, j)], 4 * (i * T + j))
-    canvas.getContext('2d').putImageData(image, 0, 0)
-  })
-  if (r.greedy) add($('texts'), 'pre', r.greedy)
-  for (const text of R.slice(0, at + 1).findLast(r => r.samples.length)?.samples ?? []) {
-    const pre = add($('texts'), 'pre')
-    for (const [part, known] of text) add(pre, known ? 'mark' : 'span', part)
+const heads = [], table = add($('heads'), 'table')
+D.shown.forEach((layer, l) => {
+  const row = add(table, 'tr')
+  const worth = x => x == null ? '' : `worth ${x.toFixed(3)}`
+  add(row, 'th', `layer ${layer + 1}\n${worth(D.layers[layer])}`)
+  for (let h = 0; h < D.n_head; h++) {
+    const id = `${layer + 1}.${h + 1}`
+    const button = add(add(row, 'td'), 'button', '', {'aria-label': `head ${id}`})
+    const canvas = add(button, 'canvas', '', {width: T, height: T}), name = add(button, 'small')
+    add(button, 'small', worth(D.heads[layer]?.[h]))
+    button.onclick = () => set({head: id})
+    heads.push({id, n: l * D.n_head + h, button, canvas, name})
+  }
+})
+function set(change) {
+  Object.assign(state, change)
+  history.replaceState(null, '', '#' + new URLSearchParams(state))
+  draw()
+}
+function fill(table, rows) {
+  table.textContent = ''
+  for (const [head, [token, p], truth] of rows) {
+    const row = add(table, 'tr')
+    if (head) add(row, 'th', head)
+    const cell = add(row, 'td', '', {style: `--p: ${100 * p}`})
+    add(cell, 'bdi', shown(token), {class: token === truth ? 'true' : ''})
+    add(row, 'td', (100 * p).toFixed(1) + ' %')
   }
 }
-$('at').max = at; $('at').value = at
-$('at').oninput = () => { at = +$('at').value; draw() }
+function draw() {
+  const r = record(), i = Math.max(0, Math.min(T - 1, state.token || 0)), truth = r.text[i + 1]
+  const log = D.log.findLast(l => l.step <= r.step) ?? {}
+  const head = heads.find(h => h.id === state.head)
+  const loss = (name, value) => value == null ? '' : `, ${name} loss ${value.toFixed(3)}`
+  $('at').value = R.indexOf(r)
+  $('now').textContent = `step ${r.step}` + loss('training', log.train_loss) +
+    loss('validation', log.val_loss)
+  tokens.forEach((b, j) => {
+    b.setAttribute('aria-pressed', j === i)
+    b.title = j ? `loss ${r.loss[j - 1].toFixed(2)}` : 'the first: nothing before it'
+    b.style.setProperty('--p', j ? Math.min(90, 15 * r.loss[j - 1]) : 0)
+    b.style.setProperty('--w', head ? 100 * Math.sqrt(weight(r, head.n, i, j)) : 0)
+  })
+  $('chosen').textContent = `After “${shown(r.text[i])}” (token ${i + 1}) ` + (truth ?
+    `came “${shown(truth)}”, which cost ${r.loss[i].toFixed(2)} nats.` : 'the line ends here.')
+  fill($('next'), r.top[i].map(t => ['', t, truth]))
+  fill($('lens'), r.lens.map((layer, l) => [l ? `block ${l}` : 'none', layer[i], truth]))
+  const ink = getComputedStyle(document.body).color.match(/\d+/g).slice(0, 3)
+  for (const h of heads) {
+    const image = new ImageData(T, T)
+    for (let a = 0; a < T; a++) for (let b = 0; b < T; b++)
+      image.data.set([...ink, 255 * weight(r, h.n, a, b)], 4 * (a * T + b))
+    h.canvas.getContext('2d').putImageData(image, 0, 0)
+    h.name.textContent = role(r, h.n) || '·'
+    h.button.setAttribute('aria-pressed', h === head)
+  }
+  for (const c of curves) {
+    for (const end of ['x1', 'x2']) c.marker.setAttribute(end, x(r.step))
+    c.caption.textContent = c.title + ': '
+    for (const [name, color, points] of c.series) {
+      const point = points.findLast(p => p[0] <= r.step)
+      if (point) add(c.caption, 'b', `${name} ${+point[1].toFixed(3)} `, {style: `color: ${color}`})
+    }
+  }
+  $('texts').textContent = ''
+  for (const [text, copied] of r.samples) {
+    const pre = add($('texts'), 'pre', '', {dir: 'auto'})
+    let end = 0, part
+    for (const [i, c] of [...text].entries()) {
+      if (copied[i] >= 20) end = i + copied[i]
+      const tag = i < end ? 'mark' : 'span'
+      if (part?.localName !== tag) part = add(pre, tag)
+      part.textContent += c
+    }
+  }
+}
+$('at').max = R.length - 1
+$('at').oninput = () => set({step: R[+$('at').value].step})
+let timer
+$('play').onclick = () => {
+  if (+$('at').value === R.length - 1) set({step: R[0].step})
+  timer = timer ? clearInterval(timer) : setInterval(() => {
+    const next = R[R.indexOf(record()) + 1]
+    next ? set({step: next.step}) : timer = clearInterval(timer)
+  }, 400)
+}
 matchMedia('(prefers-color-scheme: dark)').onchange = draw
 document.querySelector('header').hidden = R.length < 2
 draw()
 </script>
 """
 
-# --- Weights in and out ----------------------------------------------------------------------------------------------
-# Hugging Face's transformers knows three of the architectures that these settings can make. One table says what the
-# settings and weights of each are called there, and serves both directions; its files need no package of theirs.
+# --- Weights in and out --------------------------------------------------------------------------
+# Hugging Face's transformers knows three of the architectures that these settings can make. One
+# table says what the settings and weights of each are called there, and serves both directions.
 
-def words(text):
+def pairs(text):
     return dict(pair.split("=") for pair in text.split())
 
-LLAMA = dict(
-    name="LlamaForCausalLM", prefix="model.", block="layers.{}.", must=dict(hidden_act="silu"),
-    ours=dict(pos="rope", norm="rms", mlp="swiglu", qk_norm=False, bias=False, tie=False, norm_eps=1e-6,
-              rope_theta=1e4),
-    settings=words("""vocab_size=vocab_size block_size=max_position_embeddings n_layer=num_hidden_layers
-        n_embd=hidden_size n_head=num_attention_heads n_kv_head=num_key_value_heads head_dim=head_dim
-        mlp_hidden=intermediate_size rope_theta=rope_theta norm_eps=rms_norm_eps tie=tie_word_embeddings"""),
-    parts=words("""embed=embed_tokens norm=norm head=lm_head attn_norm=input_layernorm mlp_norm=post_attention_layernorm
-        attn.q=self_attn.q_proj attn.k=self_attn.k_proj attn.v=self_attn.v_proj attn.out=self_attn.o_proj
-        attn.q_norm=self_attn.q_norm attn.k_norm=self_attn.k_norm
-        mlp.gate=mlp.gate_proj mlp.up=mlp.up_proj mlp.down=mlp.down_proj"""))
-FAMILIES = {  # `ours` makes it here, or is the default; `must` is what else its config.json has to say, or leave out
-    "gpt2": dict(
-        name="GPT2LMHeadModel", prefix="transformer.", block="h.{}.", ours=ARCHS["gpt2"],
-        must=dict(activation_function="gelu_new", scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False),
-        settings=words("""vocab_size=vocab_size block_size=n_positions n_layer=n_layer n_embd=n_embd n_head=n_head
-            mlp_hidden=n_inner norm_eps=layer_norm_epsilon tie=tie_word_embeddings"""),
-        parts=words("""embed=wte positions=wpe norm=ln_f head=lm_head attn_norm=ln_1 mlp_norm=ln_2 attn.q=attn.c_attn
-            attn.k=attn.c_attn attn.v=attn.c_attn attn.out=attn.c_proj mlp.up=mlp.c_fc mlp.down=mlp.c_proj""")),
-    "llama": LLAMA | dict(settings=LLAMA["settings"] | dict(bias="attention_bias mlp_bias")),  # our one bias is both
-    "qwen3": LLAMA | dict(name="Qwen3ForCausalLM", ours=LLAMA["ours"] | dict(qk_norm=True, head_dim=128),
-                          must=dict(hidden_act="silu", attention_bias=False, use_sliding_window=False))}
+LLAMA = {
+    "class": "LlamaForCausalLM", "prefix": "model.", "block": "layers.",
+    "ours": dict(pos="rope", norm="rms", mlp="swiglu", qk_norm=False),
+    "must": dict(hidden_act="silu"),
+    "settings": pairs("""vocab_size=vocab_size block_size=max_position_embeddings
+        n_layer=num_hidden_layers n_embd=hidden_size n_head=num_attention_heads head_dim=head_dim
+        n_kv_head=num_key_value_heads mlp_hidden=intermediate_size rope_theta=rope_theta
+        norm_eps=rms_norm_eps tie=tie_word_embeddings bias=attention_bias,mlp_bias"""),
+    "parts": pairs("""embed=embed_tokens norm=norm head=lm_head attn_norm=input_layernorm
+        mlp_norm=post_attention_layernorm attn.q=self_attn.q_proj attn.k=self_attn.k_proj
+        attn.v=self_attn.v_proj attn.out=self_attn.o_proj attn.q_norm=self_attn.q_norm
+        attn.k_norm=self_attn.k_norm mlp.gate=mlp.gate_proj mlp.up=mlp.up_proj
+        mlp.down=mlp.down_proj""")}
+FAMILIES = {  # `must` is what else a config.json has to say, or to leave out
+    "gpt2": {
+        "class": "GPT2LMHeadModel", "prefix": "", "block": "h.", "ours": ARCHS["gpt2"],
+        "must": dict(activation_function="gelu_new", scale_attn_weights=True,
+                     scale_attn_by_inverse_layer_idx=False),
+        "settings": pairs("""vocab_size=vocab_size block_size=n_positions,n_ctx n_layer=n_layer
+            n_embd=n_embd n_head=n_head mlp_hidden=n_inner norm_eps=layer_norm_epsilon
+            tie=tie_word_embeddings"""),
+        "parts": pairs("""embed=wte positions=wpe norm=ln_f head=lm_head attn_norm=ln_1
+            mlp_norm=ln_2 attn.q=attn.c_attn attn.k=attn.c_attn attn.v=attn.c_attn
+            attn.out=attn.c_proj mlp.up=mlp.c_fc mlp.down=mlp.c_proj""")},
+    "llama": LLAMA,
+    "qwen3": LLAMA | {"class": "Qwen3ForCausalLM", "ours": LLAMA["ours"] | dict(
+        qk_norm=True, head_dim=128), "must": dict(
+        hidden_act="silu", attention_bias=False, mlp_bias=False, use_sliding_window=False)}}
 
 def config_in(about):
-    """A config.json's dict -> (model_type, Config); what would be computed differently here is refused."""
-    kind, values = str(about.get("model_type")), {}
+    """A config.json's dict -> (model_type, Config); what would be computed otherwise is refused."""
+    kind = str(about.get("model_type"))
     if kind not in FAMILIES:
         raise Error(f"model_type {kind} is not one of {', '.join(FAMILIES)}")
     rope = about.get("rope_parameters") or about.get("rope_scaling") or {}  # transformers 5, 4
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default" or rope.keys() - {"rope_type", "type", "rope_theta"}:
-        raise Error(f"RoPE of type {rope_type} with {', '.join(rope)} is not supported, only the default type")
+        raise Error(f"RoPE of type {rope_type} ({', '.join(rope)}) is not supported")
     about = {name: value for name, value in (about | rope).items() if value is not None}
     for name, value in FAMILIES[kind]["must"].items():
         if about.get(name, value) != value:
             raise Error(f"{name} {about[name]} is not supported, only {value}")
+    values = dict(FAMILIES[kind]["ours"])
     for ours, theirs in FAMILIES[kind]["settings"].items():
-        said = {about[name] for name in theirs.split() if name in about}
-        if len(said) > 1 or not said and ours in ("vocab_size", "block_size", "n_layer", "n_embd", "n_head"):
-            raise Error(f"{theirs.replace(' ', ' and ')}: {'they differ' if said else 'missing'}")
-        values.update({ours: value for value in said})
-    return kind, Config(**check(FAMILIES[kind]["ours"] | values, Config))
+        said = {about[name] for name in theirs.split(",") if name in about}
+        if len(said) > 1:
+            raise Error(f"{theirs} differ")
+        if not said and ours in ("vocab_size", "block_size", "n_layer", "n_embd", "n_head"):
+            raise Error(f"{theirs.split(',')[0]} is missing")
+        values |= {ours: value for value in said}
+    return kind, Config(**values)
 
 def config_out(config):
-    """A Config -> (model_type, config.json's dict); a setting that transformers cannot express is refused."""
-    mine = asdict(config)
-    def odd(family):
-        wanted = {"n_kv_head": config.n_head, "head_dim": config.n_embd / config.n_head} | family["ours"]
-        return [item for item in wanted.items() if item[0] not in family["settings"] and mine[item[0]] != item[1]]
-    kind, family = min(FAMILIES.items(), key=lambda item: len(odd(item[1])))
-    for name, value in odd(family) + [("n_layer", "at least 1")] * (config.n_layer < 1):
-        raise Error(f"export: {flag(name)} {mine[name]} has no equal: in {family['name']}, the nearest, it is {value}")
-    about = {theirs: mine[ours] for ours, names in family["settings"].items() for theirs in names.split()}
-    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}} if kind != "gpt2" else {}
-    return kind, {"model_type": kind, "architectures": [family["name"]], **family["must"], **about, **rope}
+    """A Config -> (model_type, config.json's dict). Read again, it must be the same Config: what
+    transformers cannot express, and any setting that the table does not know, is refused."""
+    if not config.n_layer:
+        raise Error("export: a bigram has no equal in transformers")
+    found = {}
+    for kind, family in FAMILIES.items():
+        about = {name: getattr(config, ours) for ours, theirs in family["settings"].items()
+                 for name in theirs.split(",")}
+        about |= {"model_type": kind, "architectures": [family["class"]], **family["must"]}
+        if "rope_theta" in about:
+            about["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
+        again = {}
+        with contextlib.suppress(Error):
+            again = asdict(config_in(about)[1])
+        lost = [name for name, value in asdict(config).items()
+                if name != "dropout" and again.get(name) != value]
+        if not lost:
+            return kind, about
+        found[len(lost)] = kind, lost
+    kind, lost = found[min(found)]
+    raise Error(f"export: {lost[0]} {getattr(config, lost[0])} has no equal in {kind}, the nearest")
 
 def their_weights(model, kind):
-    """Their names, without the prefix that some files leave out -> ([our parameters, stacked], whether transposed)."""
+    """Their names, without prefix -> (our parameters, which theirs is a stack of; transposed?)"""
     family, weights = FAMILIES[kind], {}
-    for name, p in model.named_parameters():  # a tied head is the embedding, and not listed again
-        block, part, end = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)", name).groups()
-        theirs = (family["block"].format(block) if block else "") + family["parts"][part] + "." + end
-        turned = kind == "gpt2" and block is not None and p.dim() == 2  # its Conv1D holds a Linear's matrix transposed
+    for name, p in model.named_parameters():  # a tied head is the embedding, not listed again
+        block, part, end = re.fullmatch(r"(?:blocks\.(\d+\.))?(.+)\.(\w+)", name).groups()
+        theirs = (family["block"] + block if block else "") + family["parts"][part] + "." + end
+        turned = kind == "gpt2" and block is not None and p.dim() == 2  # its Conv1D is x @ W
         weights.setdefault(theirs, ([], turned))[0].append(p)
     return weights
 
-def stack(parts, turned):
-    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return whole.mT if turned else whole
-
-SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-               "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+               "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8,
                "BOOL": torch.bool}
 
 def read_safetensors(path):
-    """{name: tensor}. Eight bytes say how long the header is; it is JSON; the tensors follow without gaps. The file is
-    mapped into memory, so a tensor is read from the disk when it is used, and not before."""
+    """{name: tensor}. Eight bytes say how long the header is; it is JSON; the tensors follow, no
+    gaps. The file is mapped: a tensor is read from the disk when it is used."""
     with open(path, "rb") as file:
         size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
         if not 8 + length <= size or length > 1 << 24:  # real headers are below a megabyte
             raise ValueError(f"a header of {length} bytes in a file of {size}")
         header = json.loads(file.read(length))
-    data, tensors, at = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8), {}, 8 + length
+    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    tensors, stop = {}, 8 + length
     header.pop("__metadata__", None)
     for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape, begin = SAFETENSORS[about["dtype"]], about["shape"], at
-        at += math.prod(shape[:8]) * dtype.itemsize
-        if about["data_offsets"] != [begin - 8 - length, at - 8 - length] or at > size or len(shape) > 8:
+        dtype, shape, start = SAFETENSORS[about["dtype"]], about["shape"], stop
+        stop += math.prod(shape[:8]) * dtype.itemsize
+        if about["data_offsets"] != [start - 8 - length, stop - 8 - length] or stop > size:
             raise ValueError(f"the place or shape of {name}")
-        raw = data[begin:at]  # in old files it may begin at an odd byte, where no view of numbers can
-        tensors[name] = (raw if begin % dtype.itemsize == 0 else raw.clone()).view(dtype).view(shape)
-    if at != size:
-        raise ValueError(f"{size} bytes, where the header speaks of {at}")
+        raw = data[start:stop]  # in old files it may begin where no view of numbers can
+        raw = raw.clone() if start % dtype.itemsize else raw
+        tensors[name] = raw.view(dtype).view(shape)
+    if stop != size:
+        raise ValueError(f"{size} bytes, where the header speaks of {stop}")
     return tensors
 
 def write_safetensors(path, weights):
-    """weights: {name: a function that makes the tensor}, so that no second copy of the model is held."""
-    header, at = {"__metadata__": {"format": "pt"}}, 0
-    for name, make in weights.items():
-        shape, begin = list(make().shape), at
-        at += 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, at]}
-    def raw(tensor):
-        data = bytearray(4 * tensor.numel())
-        torch.frombuffer(data, dtype=torch.float32).copy_(tensor.detach().reshape(-1))
-        return data
+    """weights: {name: (shape, function that makes the tensor)}: no second model is held."""
+    header, stop = {"__metadata__": {"format": "pt"}}, 0
+    for name, (shape, _) in weights.items():
+        start, stop = stop, stop + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, stop]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # numbers begin at a multiple of their size
-    write_whole(path, itertools.chain([len(text).to_bytes(8, "little"), text], (raw(w()) for w in weights.values())))
-
-def read_weights(folder):
-    """{name: tensor} of one file, or of the several that an index names."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index, files, tensors = folder / (name + ".index.json"), [], {}
-        if (folder / name).exists():
-            files = [name]
-        elif index.exists():
-            files = sorted(set(read_json(index)["weight_map"].values()))
-        for path in [folder / Path(file).name for file in files]:
-            try:
-                tensors |= read_safetensors(path) if name == "model.safetensors" else torch.load(
-                    path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-            except Exception as e:  # a damaged file can fail in any way
-                raise Error(f"{path.name} is damaged or unreadable ({type(e).__name__}: {str(e)[:99]!r})") from None
-        if files:
-            return {re.sub(r"^(transformer|model)\.", "", name): tensor for name, tensor in tensors.items()}
-    raise Error("neither model.safetensors nor pytorch_model.bin is in this folder")
+    with atomic(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, make in weights.values():
+            tensor = make().float().contiguous()
+            raw = bytearray(tensor.nbytes)
+            torch.frombuffer(raw, dtype=torch.float32).copy_(tensor.view(-1))
+            file.write(raw)
 
 def read_json(path):
     try:
@@ -2155,236 +2269,289 @@ def read_json(path):
     except (OSError, ValueError, TypeError, RecursionError) as e:
         raise Error(f"{path.name}: {getattr(e, 'strerror', None) or 'not a JSON object'}") from None
 
+def read_weights(folder):
+    """{name: tensor} of one file, or of the several that an index names."""
+    files, tensors = ["model.safetensors"], {}
+    if not (folder / files[0]).exists():
+        index = read_json(folder / "model.safetensors.index.json")
+        files = sorted({Path(file).name for file in index["weight_map"].values()})
+    for name in files:
+        try:
+            tensors |= read_safetensors(folder / name)
+        except Exception as e:  # a damaged file can fail in any way
+            raise Error(f"{name} is damaged or unreadable ({first_line(e)})") from None
+    return {re.sub(r"^(transformer|model)\.", "", name): x for name, x in tensors.items()}
+
 @torch.no_grad()
 def load_folder(source):
-    """A Hugging Face folder, or the name of a GPT-2 -> (model, tokenizer, None if none here does exactly the same)."""
-    folder, again = Path(source), ""
+    """A Hugging Face folder, or the name of a GPT-2 -> (model, tokenizer; None if it has none)."""
+    folder, about = Path(source).expanduser(), None
     if source in GPT2_SIZES:
-        (L, H, C), folder = GPT2_SIZES[source], cache_folder() / source
+        folder, (layers, heads, channels) = cache_folder() / source, GPT2_SIZES[source]
+        about = dict(model_type="gpt2", vocab_size=50257, n_positions=1024, n_layer=layers,
+                     n_head=heads, n_embd=channels)
         download(f"https://huggingface.co/openai-community/{source}/resolve/main/model.safetensors",
-                 path=folder / "model.safetensors")
-        again = " (delete what is there, to download it again)"
+                 folder / "model.safetensors")
     try:
-        gpt2 = again and dict(model_type="gpt2", vocab_size=50257, n_positions=1024, n_layer=L, n_head=H, n_embd=C)
-        about = gpt2 or read_json(folder / "config.json")
+        about = about or read_json(folder / "config.json")
         kind, config = config_in(about)
         found = read_weights(folder)
         if not 0 < config.n_layer <= len(found) or config.block_size > 1 << 24:
             raise Error("config.json and the weights do not fit together")
         with torch.device("meta"):  # shapes without memory: a wrong config.json costs none
-            wanted = {name: stack(*parts).shape for name, parts in their_weights(GPT(config), kind).items()}
-        for name in wanted | found:
-            if name in wanted or not re.search(r"\.attn\.(masked_)?bias$|\.inv_freq$|^lm_head\.weight$", name):
-                has, wants = found[name].shape if name in found else "missing", wanted.get(name, "not known")
-                if has != wants or not found[name].is_floating_point():
-                    raise Error(f"{name} is {has}; in numbers, in a {kind} with this config.json, it is {wants}")
+            wanted = their_weights(GPT(config), kind)
+        for name in wanted.keys() | found.keys():
+            parts, turned = wanted.get(name, ([], False))
+            shape = [sum(len(p) for p in parts), *parts[0].shape[1:]] if parts else "not known"
+            has = list(found[name].shape) if name in found else "missing"
+            ignored = re.search(r"\.attn\.(masked_)?bias$|\.inv_freq$|^lm_head\.weight$", name)
+            if not (parts or ignored) or parts and has != (shape[::-1] if turned else shape):
+                raise Error(f"{name} is {has}, in a {kind} with this config.json it is {shape}")
         model = GPT(config).eval()
         for name, (parts, turned) in their_weights(model, kind).items():
             rows = found[name].mT if turned else found[name]
             for p, part in zip(parts, rows.split([len(p) for p in parts])):
                 p.copy_(part)
-        return model, read_tokenizer(folder, kind, config.vocab_size, about.get("eos_token_id"))
+        return model, folder_tokenizer(folder, kind, config.vocab_size, about)
     except (Error, TypeError, AttributeError, KeyError, RuntimeError) as e:
-        raise Error(f"{folder}: {str(e).splitlines()[0]}{again}") from None
+        raise Error(f"{folder}: {first_line(e)}") from None
 
-QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-                r"\s*[\r\n]+|\s+(?!\S)|\s+")
-PATTERNS = (GPT2_PATTERN, QWEN_PATTERN, QWEN_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|"))  # the last is Llama 3's
+class HuggingFaceTokenizer(Tokenizer):
+    """Somebody's tokenizer.json, run by the package `tokenizers`: the ids are theirs."""
+    def __init__(self, text, ends, size):
+        try:
+            import tokenizers
+        except ImportError:
+            raise Error("this model's tokenizer needs a package: pip install tokenizers") from None
+        self.text, self.encoding = text, tokenizers.Tokenizer.from_str(text)
+        self.eot, self.ends = ends[0] if ends else None, set(ends)
+        self.first, self.tokens = ends[:1] or [0], [b""] * size
+        special = self.encoding.get_added_tokens_decoder()
+        byte = {letter: b for b, letter in byte_letters().items()} if '"ByteLevel"' in text else {}
+        for name, i in self.encoding.get_vocab().items():
+            if i in special or not all(c in byte for c in name):
+                code = re.fullmatch("<0x(..)>", name)
+                text = name.replace("▁", " ").encode()
+                self.tokens[i] = bytes.fromhex(code[1]) if code else text
+            else:
+                self.tokens[i] = bytes(byte[c] for c in name)
 
-def letters():
-    """tokenizer.json writes a byte as one character: itself where Latin-1 shows something, else U+0100 and up."""
+    def encode(self, text, special=False):
+        self.encoding.encode_special_tokens = not special
+        ids = self.encoding.encode(text, add_special_tokens=False).ids
+        return torch.tensor(ids, dtype=torch.int32)
+
+    def state(self):
+        ends = sorted(self.ends, key=lambda i: i != self.eot)
+        return {"kind": "huggingface", "text": self.text, "ends": ends, "size": len(self.tokens)}
+
+TOKENIZERS["huggingface"] = HuggingFaceTokenizer
+
+def folder_tokenizer(folder, kind, size, about):
+    """The tokenizer of a folder, None if it has none."""
+    ends = []
+    for file in (about, *map(read_json, filter(Path.exists, [folder / "generation_config.json"]))):
+        ids = file.get("eos_token_id")
+        ends += ids if isinstance(ids, list) else [ids]
+    ends = [i for i in dict.fromkeys(ends) if isinstance(i, int) and 0 <= i < size]
+    try:
+        if (folder / "tokenizer.json").exists():
+            text = (folder / "tokenizer.json").read_text("utf-8")
+            return HuggingFaceTokenizer(text, ends, size)
+        if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+            from tokenizers import ByteLevelBPETokenizer
+            old = ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+            old.add_special_tokens(["<|endoftext|>"])
+            return HuggingFaceTokenizer(old.to_str(), ends, size)
+    except Error:
+        raise
+    except Exception as e:  # what the package says of a damaged file
+        raise Error(f"tokenizer.json: {first_line(e)}") from None
+    return GPT2Tokenizer.train((), 0) if kind == "gpt2" and size == 50257 else None
+
+def byte_letters():
+    """{byte: letter}: how tokenizer.json writes bytes; itself where Latin-1 shows something."""
     shown = [b for b in range(256) if chr(b).isprintable() and b != 32]
-    return dict(zip(shown + [b for b in range(256) if b not in shown], map(chr, shown + list(range(256, 512)))))
+    hidden = [b for b in range(256) if b not in shown]
+    return {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(hidden)}
 
 def merges(ranks):
-    """The two halves that byte-pair encoding makes each token from, None if it never does. They depend on the token's
-    bytes alone; so if a file lists these merges, in this order, tiktoken does the same with every text."""
+    """The two halves that byte-pair encoding makes each token from."""
     for token in sorted((token for token in ranks if len(token) > 1), key=ranks.get):
-        halves, rank = [token[i:i + 1] for i in range(len(token))], 0
-        while len(halves) > 2 and rank < math.inf:
-            rank, i = min((ranks.get(a + b, math.inf), i) for i, (a, b) in enumerate(zip(halves, halves[1:])))
-            halves[i:i + 2] = [halves[i] + halves[i + 1]]
-        yield halves if rank < math.inf else None
+        halves = [token[i:i + 1] for i in range(len(token))]
+        while len(halves) > 2:
+            best = min(range(len(halves) - 1),
+                       key=lambda i: ranks.get(halves[i] + halves[i + 1], math.inf))
+            halves[best:best + 2] = [halves[best] + halves[best + 1]]
+        yield halves
 
 def tokenizer_out(tokenizer):
-    """A tokenizer -> tokenizer.json's dict. One of characters is byte-pair encoding without bytes and without pairs."""
-    special, decoder, steps, nfc = {}, {"type": "Fuse"}, None, getattr(tokenizer, "nfc", False)
-    model = {"vocab": {token.decode("utf-8", "replace"): i for i, token in enumerate(tokenizer.tokens)}, "merges": []}
-    if tokenizer.kind == "bpe":
-        special, letter, plain = tokenizer.special, letters(), tokenizer.pattern == GPT2_PATTERN  # ByteLevel has it
-        cut = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
-        decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": plain}
-        steps = {"type": "Sequence", "pretokenizers": [decoder] if plain else [cut, decoder]}
-        spell = {token: "".join(letter[b] for b in token) for token in tokenizer.ranks}
-        model = {"vocab": {spell[token]: i for token, i in tokenizer.ranks.items()} | special, "ignore_merges": True,
-                 "merges": [f"{spell[pair[0]]} {spell[pair[1]]}" for pair in merges(tokenizer.ranks) if pair]}
-    added = [{"id": i, "content": name, "special": True, "normalized": False, "single_word": False, "lstrip": False,
-              "rstrip": False} for name, i in special.items()]
-    return {"version": "1.0", "added_tokens": added, "normalizer": {"type": "NFC"} if nfc else None,
-            "pre_tokenizer": steps, "model": {"type": "BPE", **model}, "decoder": decoder}
-
-def essence(file):
-    """What in a tokenizer.json's dict decides which ids a text has; odd is whatever has no equal here."""
-    def steps(part):
-        return part.get("pretokenizers") or part.get("processors") or [part] if part else []
-    model, added = file["model"], file.get("added_tokens") or []
-    odd = [model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")]
-    odd += [token.get(key) for token in added for key in ("single_word", "lstrip", "rstrip")]
-    odd += [step.get("special_tokens") for step in steps(file.get("post_processor"))]  # put around every text
-    cut = [{"use_regex": True} | step | {"trim_offsets": True} for step in steps(file.get("pre_tokenizer"))]
-    return dict(type=model["type"], vocab=model["vocab"] | {token["content"]: token["id"] for token in added}, cut=cut,
-                merges=[pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]], odd=any(odd),
-                normalizer=file.get("normalizer"), decoder=file["decoder"]["type"])
-
-def read_tokenizer(folder, kind, V, eot):
-    """The tokenizer of V tokens that, written out again, would be this folder's; None if there is no such one."""
-    if (folder / "tokenizer.json").exists():
-        file = read_json(folder / "tokenizer.json")
-    elif kind == "gpt2" and (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        vocab, lines = read_json(folder / "vocab.json"), (folder / "merges.txt").read_text("utf-8").splitlines()
-        file = {"model": {"type": "BPE", "vocab": vocab, "merges": [line for line in lines if line[:8] != "#version"]},
-                "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}, "decoder": {"type": "ByteLevel"},
-                "added_tokens": [{"content": "<|endoftext|>", "id": vocab.get("<|endoftext|>")}]}
-    else:
-        return BPETokenizer.gpt2() if V == 50257 else None
-    try:
-        theirs, letter, tokens = essence(file), {c: b for b, c in letters().items()}, [b""] * V
-        if theirs["decoder"] == "Fuse":
-            tokenizer, exact = CharTokenizer("".join(theirs["vocab"])), len(theirs["vocab"]) == V
-        else:
-            special = {token["content"]: token["id"] for token in file["added_tokens"]}
-            ends = [name for name in special if name == "<|endoftext|>"] + [n for n, i in special.items() if i == eot]
-            for name, i in theirs["vocab"].items():
-                tokens[i] = name.encode() if name in special else bytes(letter[c] for c in name)
-            pattern, ids = theirs["cut"][0].get("pattern", {"Regex": GPT2_PATTERN})["Regex"], theirs["vocab"].values()
-            if pattern not in PATTERNS or max(map(len, tokens)) > 512 or not all(special):
-                return None
-            if len({*ids} & {*range(V)}) < len(ids):
-                return None
-            tokenizer = BPETokenizer(tokens, pattern, {ends[0]: special[ends[0]]} | special, bool(theirs["normalizer"]))
-            exact = all(bytes([b]) in tokenizer.ranks for b in range(256))
-            exact &= bool(file["model"].get("ignore_merges")) or None not in merges(tokenizer.ranks)
-        return tokenizer if exact and essence(tokenizer_out(tokenizer)) == theirs else None
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError):
-        return None if tiktoken() else None  # not in silence where only tiktoken is missing
+    """tokenizer.json's dict. Characters are byte-pair encoding without bytes and without pairs."""
+    state = tokenizer.state()
+    if state["kind"] == "huggingface":
+        return json.loads(tokenizer.text)
+    file = {"version": "1.0", "added_tokens": [], "decoder": {"type": "Fuse"}}
+    if state["kind"] == "char":
+        vocab = {c: i for i, c in enumerate(tokenizer.chars)}
+        return file | {"model": {"type": "BPE", "vocab": vocab, "merges": []}}
+    if state["kind"] != "bpe":
+        raise Error(f"export: a tokenizer of kind {state['kind']} has no equal")
+    letter, eot = byte_letters(), {"<|endoftext|>": tokenizer.eot}
+    spell = {token: "".join(letter[b] for b in token) for token in tokenizer.ranks}
+    vocab = {spell[token]: i for token, i in tokenizer.ranks.items()} | eot
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+             "use_regex": True}
+    return file | {
+        "added_tokens": [{"id": tokenizer.eot, "content": "<|endoftext|>", "special": True,
+                          "normalized": False, "single_word": False, "lstrip": False,
+                          "rstrip": False}],
+        "pre_tokenizer": level, "decoder": level,
+        "model": {"type": "BPE", "vocab": vocab, "ignore_merges": True,
+                  "merges": [f"{spell[a]} {spell[b]}" for a, b in merges(tokenizer.ranks)]}}
 
 @dataclass
-class Export(Source):
+class Export(Trained):
+    """Where to."""
     folder: str = setting("", "folder to write, new or empty")
 
-def export(**given):
-    """Write a folder from which transformers loads the same model and tokenizer. Keyword arguments are `folder` and the
-    flags of `export`."""
-    s = Export(**check(given, Export))
-    folder = Path(s.folder)
-    if not s.folder or os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        raise Error(f"export: {folder} is there already; name a new or an empty folder")
-    model, tokenizer = load_source(s)
-    (kind, about), eot = config_out(model.config), getattr(tokenizer, "eot", None)
-    files = {"config.json": about | {"torch_dtype": "float32", "bos_token_id": eot, "eos_token_id": eot}}
+@command(Export)
+def export(s):
+    """write a Hugging Face folder"""
+    folder = Path(s.folder).expanduser()
+    if not s.folder or folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise Error(f"export: {quote(s.folder)} is there already; name a new or an empty folder")
+    model, tokenizer = load_model(s.init or find_run(s.out))
+    kind, about = config_out(model.config)
+    files = {}
     if tokenizer:
-        end = {key: tokenizer.tokens[eot].decode() for key in ("bos_token", "eos_token")} if eot is not None else {}
-        files |= {"tokenizer.json": tokenizer_out(tokenizer), "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.block_size,
-            "clean_up_tokenization_spaces": False, **end}}
+        ends = sorted(tokenizer.ends, key=lambda i: i != tokenizer.eot)
+        eos = ends if len(ends) > 1 else tokenizer.eot
+        about |= {"bos_token_id": tokenizer.eot, "eos_token_id": eos}
+        names = {} if tokenizer.eot is None else dict.fromkeys(
+            ("bos_token", "eos_token"), tokenizer.tokens[tokenizer.eot].decode())
+        files = {"tokenizer.json": tokenizer_out(tokenizer), "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+            "model_max_length": model.config.block_size, **names}}
+    weights = {}
+    for name, (parts, turned) in their_weights(model, kind).items():
+        name = name if name == "lm_head.weight" else FAMILIES[kind]["prefix"] + name
+        make = functools.partial(stack, parts, turned)
+        weights[name] = make().shape, make
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise Error(f"export: {folder} cannot be made: {e.strerror}") from None
-    write_safetensors(folder / "model.safetensors", {
-        FAMILIES[kind]["prefix"] * (name != "lm_head.weight") + name: functools.partial(stack, *parts)
-        for name, parts in their_weights(model, kind).items()})
-    for name in reversed(files):  # config.json last: what is there without it is no model
-        write_whole(folder / name, [json.dumps(files[name], indent=1).encode()])
-    say(f"{folder}: model.safetensors, {', '.join(files)}")
+    write_safetensors(folder / "model.safetensors", weights)
+    for name, file in (files | {"config.json": about}).items():  # the last: without it, no model
+        with atomic(folder / name) as out:
+            out.write(json.dumps(file, indent=1).encode())
+    say(f"{folder} is written; in Python: AutoModelForCausalLM.from_pretrained({s.folder!r})")
 
-# --- Command line ----------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def stack(parts, turned):
+    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return whole.mT if turned else whole
+
+# --- Command line --------------------------------------------------------------------------------
+# Reports go to stdout, notices to stderr, and nothing that is wrong with them ends a run.
 
 def say(text, end="\n"):
     """Print at once. If nobody reads stdout any more, go on in silence."""
     try:
         print(text, end=end, flush=True)
-    except BrokenPipeError:
+    except (OSError, ValueError):
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
-def load_model(source, device="cpu"):
-    """Open whatever --init accepts -> (model, tokenizer)."""
-    path = Path(source)
-    if source in GPT2_SIZES or (path / "config.json").is_file():
-        model, tokenizer = load_folder(source)
-    else:
-        model, tokenizer = from_checkpoint(load_run(path) if path.is_dir() else read_checkpoint(path), source)
-    return model.to(device), tokenizer
+def notice(text):
+    with contextlib.suppress(OSError, ValueError):
+        print(f"gpt.py: {text}", file=sys.stderr, flush=True)
 
-def command(name, **given):
-    """A command as one writes it here, in a shell or, if that is where we are, in a notebook."""
-    given = {key: value if value is True else str(value) for key, value in given.items() if str(value) != Source.out}
-    if not hasattr(sys.modules["__main__"], "__file__"):
-        return f"{name}({', '.join(f'{key}={value!r}' for key, value in given.items())})"
-    words = [flag(key) + (f" {shlex.quote(value)}" if value is not True else "") for key, value in given.items()]
-    return " ".join(["python gpt.py", name, *words])
+class Progress:
+    """A notice every two seconds, and none for what is done sooner."""
+    def __init__(self, what):
+        self.what, self.shown = what, time.monotonic()
+
+    def say(self, text):
+        if time.monotonic() - self.shown > 2:
+            self.shown = time.monotonic()
+            notice(f"{self.what}: {text}")
 
 def first_line(e):
     """What an exception says, in one short line."""
     return (str(e).strip() or repr(e)).splitlines()[0][:99]
 
-def notice(text):
-    print("\r\x1b[K" * sys.stderr.isatty() + f"gpt.py: {text}", file=sys.stderr, flush=True)  # over a line of progress
+def shell(name, **given):
+    """A command as one writes it here: in a shell or, if that is where we are, in a notebook."""
+    given = {key: value if value is True else str(value) for key, value in given.items()
+             if str(value) != Training.out}
+    if not hasattr(sys.modules["__main__"], "__file__"):
+        return f"{name}({', '.join(f'{key}={value!r}' for key, value in given.items())})"
+    flags = [f"--{key}" if value is True else f"--{key} {shlex.quote(value)}"
+             for key, value in given.items()]
+    return " ".join(["python gpt.py", name, *flags])
 
-def show(loss):
-    return "-" if loss is None else f"{loss:.4f}"
+class Once(argparse.Action):
+    """An option that may be given once."""
+    def __call__(self, parser, namespace, value, option=None):
+        if hasattr(namespace, self.dest):
+            parser.error(f"{option} is given twice")
+        setattr(namespace, self.dest, value)
 
-COMMANDS = {
-    "train": (train, (Config, Training), "train a model"),
-    "sample": (sample, (Sampling,), "generate text from a trained model"),
-    "eval": (evaluate, (Evaluation,), "measure a model's loss on a text"),
-    "inspect": (inspect, (Inspection,), "write a page that shows what a model has learnt, and how"),
-    "ablate": (ablate, (Config, Ablation), "train a model in several settings, and compare"),
-    "export": (export, (Export,), "write a Hugging Face folder"),
-}
+class Help(argparse.HelpFormatter):
+    def _format_action_invocation(self, action):
+        """`--n-layer N` alone: that `--n_layer` is taken too need not be said each time."""
+        shown = super()._format_action_invocation(action).split(", ")
+        return ", ".join(part for part in shown if "_" not in part.split(" ")[0])
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
+        if "expected one argument" in message:
+            message += "; one that begins with - is given as in --stop=---"
         raise Error(f"{message} (--help lists what there is)")
 
-def parse(argv):
-    """Arguments -> (function, settings given). `--n-layer 4`, `--n-layer=4` and `--n_layer 4` are the same."""
-    parser = Parser(prog="gpt.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+def make_parser():
+    parser = Parser(prog="gpt.py", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, (_, classes, help) in COMMANDS.items():
-        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False,
-                                  argument_default=argparse.SUPPRESS)
-        for f in {f.name: f for cls in classes for f in fields(cls)}.values():
-            default = " ".join(f.default) if f.type is list else "" if f.default is None else str(f.default)
-            about = {"help": f.metadata["help"].replace("%", "%%") + (f" [{default}]" if default else "")}
-            if f.name == "folder":
-                sub.add_argument(f.name, metavar="DIR", **about)
-            elif f.type is bool:
-                sub.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, **about)
+    for command, function in COMMANDS.items():
+        about = dict(help=function.__doc__, description=function.__doc__, allow_abbrev=False)
+        sub = commands.add_parser(command, formatter_class=Help, **about)
+        for name in function.__signature__.parameters:
+            f = function.settings.__dataclass_fields__[name]
+            default = " ".join(f.default) if f.type is list else f.default
+            shown = "" if default in (None, "") else f" [{default}]"
+            help = f.metadata["help"].replace("%", "%%") + shown
+            about = dict(help=help, default=argparse.SUPPRESS)
+            flags = dict.fromkeys(["--" + name.replace("_", "-"), "--" + name])
+            if f.type is bool:
+                sub.add_argument(*flags, action=argparse.BooleanOptionalAction, **about)
+                continue
+            kind = {str: "TEXT", list: "TEXT", int: "N", float: "X"}[f.type]
+            about["metavar"] = "|".join(f.metadata["choices"]) or kind
+            if name == "folder":  # export's, without a flag
+                sub.add_argument(name, **about)
+            elif f.type is list:
+                sub.add_argument(*flags, nargs="+", action="extend", **about)
             else:
-                kinds = {list: "NAME=VALUES" if f.name == "vary" else "DATA", str: "TEXT", int: "N", float: "X"}
-                metavar = "|".join(f.metadata["choices"] or [kinds[f.type]])
-                several = {"nargs": "+", "action": "extend" if f.name == "vary" else "store"} if f.type is list else {}
-                sub.add_argument(flag(f.name), metavar=metavar, **several, **about)
-    argv = [re.sub("_", "-", a.split("=")[0]) + a[len(a.split("=")[0]):] if a.startswith("--") else a for a in argv]
-    given, unknown = parser.parse_known_args(argv)
-    given = vars(given)
-    function, classes, _ = COMMANDS[given.pop("command")]
-    for word in unknown:
-        if word.startswith("--"):
-            check({word[2:].split("=")[0].replace("-", "_"): None}, *classes)
-        raise Error(f"{word!r} was not expected here")
-    return function, given
+                sub.add_argument(*flags, action=Once, **about)
+    return parser
 
 def main(argv=None):
-    """Run a command; returns the exit code: 0 done, 2 the request was wrong, 1 it failed, 130 or 143 interrupted."""
+    """Run a command -> exit code: 0 done, 2 the request was wrong, 1 it failed, 128 + signal."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        function, given = parse(sys.argv[1:] if argv is None else argv)
-        result = function(**given, **({"started": LOADED} if function is train else {}))
-        return 128 + result.get("signal", 0) if isinstance(result, dict) and result.get("signal") else 0
+        given, unknown = make_parser().parse_known_args(argv)
+        given = vars(given)
+        function = COMMANDS[given.pop("command")]
+        for word in sorted(unknown, key=lambda word: not word.startswith("--")):
+            if not word.startswith("--"):
+                raise Error(f"{quote(word)} was not expected here; a text is given with --data")
+            function(**{word[2:].split("=")[0].replace("-", "_"): None})  # says what is close to it
+        train.started = STARTED if argv is None else None
+        result = function(**given)
+        stop = result.get("signal") if isinstance(result, dict) else 0
+        return 128 + stop if stop else 0
     except Error as e:
         notice(f"error: {e}")
         return e.code
@@ -2393,7 +2560,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     if "__file__" not in globals() and {"IPython", "ipykernel"} & sys.modules.keys():
-        print("gpt.py is ready. To learn a text: train(minutes=3), or train(data='my.txt', steps=500)\n"
-              "Then to write more of it: sample(tokens=500), or sample(prompt='To be', temperature=0.7)")
+        print("gpt.py is ready. To learn a text: train(minutes=3), or train(data='my.txt')\n"
+              "Then to write more of it: sample(), or sample(prompt='To be', temperature=0.7)")
     else:
         sys.exit(main())
