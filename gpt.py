@@ -440,29 +440,30 @@ def attention(q, k, v):
     return out.view(B, H, TQ, -1).transpose(1, 2)  # (B, TQ, H, D)
 
 def fused_attention(q, k, v):
-    """The same by torch's own kernels, of which few know groups."""
+    """The same by torch's own kernels, of which only the CPU's all know groups."""
     TQ, TK, groups = q.size(1), k.size(1), q.size(2) // k.size(2)
-    k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+    if groups > 1 and q.device.type != "cpu":
+        k, v, groups = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2), 1
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
-    mask = causal_mask(TQ, TK, q) if TQ < TK else None
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=TQ == TK).transpose(1, 2)
+    mask = causal_mask(TQ, TK, q) if 1 < TQ < TK else None
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=TQ == TK, enable_gqa=groups > 1)
+    return y.transpose(1, 2)
 
-def choose_attention(model, impl, dtype, batch_size=1):
+def choose_attention(model, impl, dtype, batch_size=1, sampling=False):
     """Let the blocks use the attention that suits this machine, or `impl` -> what it is, and why.
     It must agree with `attention` above: what is changed there is never silently ignored."""
     c, device = model.config, next(model.parameters()).device
-    attend, reason = attention, "plain attention"
-    small = impl == "auto" and device.type == "cpu" and c.block_size <= 256
-    if not small and impl != "plain" and NO_KERNELS:
-        if impl in ("triton", "cuda"):
-            raise Error(f"attention {impl}: {NO_KERNELS}")
+    cpu = impl == "auto" and device.type == "cpu"  # by a rule: runs there repeat to the bit
+    if impl == "plain" or cpu and not sampling and c.block_size <= 256:
+        attend, reason = attention, "plain attention"
+    elif cpu or NO_KERNELS and impl in ("auto", "sdpa"):
         attend, reason = fused_attention, "torch's attention"
-    elif not small and impl != "plain":
+    else:
         shape = batch_size, c.block_size, c.n_head, c.n_kv_head, c.head_dim
         try:
             attend, reason = kernels.choose(device, dtype, shape, impl)
-        except ValueError as e:
-            raise Error(f"attention {impl}: {e}") from None
+        except (ValueError, NameError, AttributeError) as e:
+            raise Error(f"attention {impl}: {NO_KERNELS or e}") from None
     q, k, v = torch.randn(3, 1, c.block_size, 1, c.head_dim, device=device, dtype=dtype)
     products = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -1581,7 +1582,7 @@ def open_model(s, half=False):
     need_tokenizer(tokenizer, s.init)
     dtype, _ = pick_dtype(s.dtype, device)
     model.to(device, dtype if half or dtype == torch.float64 else torch.float32)
-    choose_attention(model, s.attention, dtype)
+    choose_attention(model, s.attention, dtype, sampling=half)
     return model, tokenizer, precision(device, dtype)
 
 def need_tokenizer(tokenizer, name):
@@ -1802,12 +1803,14 @@ def inspect(s):
             heads, layers = head_importance(model, val)
     if len(val) > 1 and V <= 4096:
         levels["bigram"] = bigram_loss(train, val, V)
-    best = min((line["val_loss"] for line in log if line["val_loss"] is not None), default=None)
     title = f"{s.init or out}: {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide"
-    title += "" if best is None else f", validation loss {best:.3f}"
+    about = f"{count_parameters(model):,} parameters, {V:,} tokens in the vocabulary"
+    if not s.init:
+        run = read_checkpoint(find_run(out))
+        about += f"; learnt {', '.join(run['settings']['data'])}"
+        title += f", validation loss {run['val_loss']:.3f}" if run["val_loss"] else ""
     data = json.dumps({
-        "title": title, "about": f"{count_parameters(model):,} parameters, {V:,} tokens",
-        "log": log, "levels": levels, "records": records, "shown": shown_layers(config).tolist(),
+        "about": about, "log": log, "levels": levels, "records": records, "shown": shown_layers(config).tolist(),
         "n_head": config.n_head, "heads": heads, "layers": layers})
     page = PAGE.replace("TITLE", html.escape(title))
     page = page.replace("DATA", data.replace("<", "\\u003c"), 1)
@@ -1830,9 +1833,8 @@ class Ablation(Training):
 @command(Ablation)
 def ablate(s):
     """train a model in several settings, and compare"""
-    given, out = dict(s.given), Path(s.given.get("out", "out-ablate"))
-    for name in ("vary", "seeds", "out"):
-        given.pop(name, None)
+    out = Path(s.given.get("out", "out-ablate"))
+    given = {name: s.given[name] for name in s.given.keys() - {"vary", "seeds", "out"}}
     if refused := {"resume", "overwrite"} & given.keys():
         raise Error(f"ablate goes on by itself where it was: leave {refused.pop()} out")
     sweeps = [plans_of(words) for words in s.vary]
@@ -1844,9 +1846,8 @@ def ablate(s):
     done = read_json(path) if path.exists() else {"base": given, "rows": []}
     if done["base"] != given:
         raise Error(f"{path} has other settings, {quote(done['base'])}; name another out")
-    todo = dict.fromkeys((plan_name(plan), s.seed + n) for plan in itertools.chain(*sweeps)
-                         for n in range(s.seeds))
-    plans = {plan_name(plan): plan for plan in itertools.chain(*sweeps)}
+    plans = {plan_name(plan): plan for plan in itertools.chain(*sweeps)}  # each once
+    todo = list(itertools.product(plans, range(s.seed, s.seed + s.seeds)))
     for i, (name, seed) in enumerate(todo):
         if any((row["setting"], row["seed"]) == (name, seed) for row in done["rows"]):
             continue
