@@ -467,7 +467,7 @@ def choose_attention(model, impl, dtype, batch_size=1, sampling=False):
     q, k, v = torch.randn(3, 1, c.block_size, 1, c.head_dim, device=device, dtype=dtype)
     products = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    wanted, got = attention(q, k, v).double(), attend(q, k, v).double()
+    wanted, got = attention(q, k, v).cpu().double(), attend(q, k, v).cpu().double()
     torch.set_float32_matmul_precision(products)
     half = dtype in (torch.float16, torch.bfloat16)  # in which the errors come to 0.006
     if not (got - wanted).norm() < (0.02 if half else 1e-4) * wanted.norm():
@@ -1803,15 +1803,16 @@ def inspect(s):
             heads, layers = head_importance(model, val)
     if len(val) > 1 and V <= 4096:
         levels["bigram"] = bigram_loss(train, val, V)
-    title = f"{s.init or out}: {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide"
+    shape = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide"
+    title = f"{s.init or out}: {shape}"
     about = f"{count_parameters(model):,} parameters, {V:,} tokens in the vocabulary"
     if not s.init:
         run = read_checkpoint(find_run(out))
         about += f"; learnt {', '.join(run['settings']['data'])}"
         title += f", validation loss {run['val_loss']:.3f}" if run["val_loss"] else ""
     data = json.dumps({
-        "about": about, "log": log, "levels": levels, "records": records, "shown": shown_layers(config).tolist(),
-        "n_head": config.n_head, "heads": heads, "layers": layers})
+        "about": about, "log": log, "levels": levels, "records": records, "heads": heads,
+        "layers": layers, "n_head": config.n_head, "shown": shown_layers(config).tolist()})
     page = PAGE.replace("TITLE", html.escape(title))
     page = page.replace("DATA", data.replace("<", "\\u003c"), 1)
     path = out / f"inspect{'-init' if s.init else '-probe' if s.probe else ''}.html"

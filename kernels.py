@@ -852,7 +852,8 @@ def cannot_run(impl, device, dtype, D=0):
     return "" if compiler and os.path.exists(header) else "Triton needs a C compiler and Python.h"
 
 def relative_error(a, b):
-    """|a - b| / |b| in float64; NaN counts as infinite."""
+    """|a - b| / |b| in float64, which MPS does not have; NaN counts as infinite."""
+    a, b = a.cpu(), b.cpu()
     error = (a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)
     return math.inf if error.isnan() else error.item()
 
