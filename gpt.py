@@ -1095,24 +1095,24 @@ class Run:
         # float16 loses small gradients: the loss is multiplied before the backward pass
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.forward = self.model
+        if self.rank == 0:
+            nothing = f": knowing nothing is a loss of {math.log(s.vocab_size):.2f}"
+            say(f"{self.device}, {str(self.dtype)[6:]} ({why}), {attention}")
+            say(f"{count_parameters(self.model):,} parameters, {s.vocab_size:,} tokens in the "
+                f"vocabulary{'' if s.init else nothing}")
         seconds = self.rehearse()
         steps = s.steps or max(1, int(60 * s.minutes / seconds))
-        seen = steps * self.tokens_per_step
-        most = 1 << (15 if self.device.type == "cpu" else 18)
+        seen, most = steps * self.tokens_per_step, 1 << (15 if self.device.type == "cpu" else 18)
         self.eval_tokens = max(self.T, min(seen // 600, most))
+        text, times = self.text, seen / len(self.train_ids)
         if self.rank == 0:
-            text, times = self.text, seen / len(self.train_ids)
             files = f"{text.files} file" + ("s" if text.files > 1 else "")
             say(f"{', '.join(s.data):.60}: {text.text_bytes / 1e6:,.2f} MB in {files}, "
                 f"{len(text.ids):,} tokens; training reads nine tenths, {times:.2g} times, "
                 f"in about {steps:,} steps")
-            say(f"{self.device}, {str(self.dtype)[6:]} ({why}), {attention}")
-            nothing = f": knowing nothing is a loss of {math.log(s.vocab_size):.2f}"
-            say(f"{count_parameters(self.model):,} parameters, {s.vocab_size:,} tokens in the "
-                f"vocabulary{'' if s.init else nothing}")
-            if s.steps and steps * seconds > 600:
-                notice(f"a step takes about {seconds:.1f} s, this run {steps * seconds / 60:,.0f} "
-                       "minutes; --minutes M makes one that ends in time")
+        if s.steps and steps * seconds > 600:
+            self.notice(f"a step takes about {seconds:.1f} s, this run {steps * seconds / 60:,.0f} "
+                        "minutes; --minutes M makes one that ends in time")
 
     def read_data(self, tokenizer):
         s = self.s
@@ -1241,6 +1241,8 @@ class Run:
         torch.manual_seed((s.seed + 7919 * self.step + 104_729 * self.rank) % 2 ** 64)  # dropout's
         shape = s.accum, self.world, s.batch_size
         loss = self.backward(get_batch(self.train_ids, self.T, shape, self.rank, s.seed, self.step))
+        if self.signals and s.accum > 1 and self.world == 1:  # it may take long: done again later
+            return self.model.zero_grad()
         if self.world > 1:
             for tensor in (loss, *(p.grad for p in self.model.parameters())):
                 dist.all_reduce(tensor.div_(self.world))
@@ -1266,6 +1268,8 @@ class Run:
         """Add up the gradient of the mean loss over windows (rows, T + 1) -> that loss."""
         total, passes = torch.zeros((), device=self.device), windows.split(self.s.batch_size)
         for rows in passes:
+            if self.signals and self.s.accum > 1 and self.world == 1:
+                break
             rows = rows.to(self.device)
             with precision(self.device, self.dtype):
                 loss = self.forward(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
