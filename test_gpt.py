@@ -8,7 +8,8 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are small: threads only wait
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup both are ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import pytest
 import torch
 import torch.nn.functional as F
