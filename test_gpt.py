@@ -1632,6 +1632,11 @@ gpt.sample(tokens=3)"""
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert sorted(os.listdir()) == ["cache", "text.txt"]
 
+def test_the_folder_that_one_works_in_is_data_without_what_a_run_leaves_there():
+    for words in (flags(data="."), ["train", "--resume", "--steps", 8], ["eval"], ["inspect"]):
+        code, _, err = run_main(*words)
+        assert code == 0, (words, err)
+
 def test_python_without_docstrings_runs_the_program():
     assert process(*flags(steps=1), python=["-OO", HERE / "gpt.py"])[0] == 0
 
