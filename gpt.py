@@ -1,7 +1,3 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "tiktoken"]
-# ///
 # SPDX-License-Identifier: MIT
 """A GPT in one file: tokenizer, model, training and sampling, to be read from top to bottom.
 
@@ -24,11 +20,9 @@ Around it: Checkpoints, Looking inside, Weights in and out, Command line.
 """
 import time
 STARTED = time.monotonic()  # `--minutes` counts from here: loading torch is included
-import argparse, codecs, contextlib, ctypes, difflib, functools, glob, hashlib, html
-import io, itertools, json, math, os, re, shlex, signal, sys, tempfile, threading, uuid
-import warnings, zipfile
+import argparse, codecs, contextlib, ctypes, difflib, functools, glob, hashlib, html, io
+import itertools, json, math, os, re, signal, sys, threading, uuid, warnings, zipfile
 from collections import Counter, defaultdict, namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from inspect import Parameter, Signature
@@ -53,98 +47,88 @@ except Exception as e:  # a broken driver or compiler may fail in any way
 # Each is declared once, here. The command line, its help and its checks come from these fields.
 
 class Error(ValueError):
-    """One line for the user: a request that cannot be met (code 2), a run that cannot go on (1)."""
-    def __init__(self, line, code=2):
-        super().__init__(line)
-        self.code = code
+    """One line for the user: a request that cannot be met."""
+    code = 2
 
-    def _render_traceback_(self):  # what IPython shows of it
-        return [f"gpt.Error: {self}"]
+class Failure(Error):
+    """One line for the user: a run that cannot go on."""
+    code = 1
 
-def quote(value):
-    """What was given, as a message quotes it: at most 100 characters."""
-    return repr(value) if len(repr(value)) <= 100 else repr(value)[:97] + "..."
-
-def setting(default, help, low=0, high=math.inf, choices=""):
+def setting(default, help, low=0, high=1e18, choices=""):
     """A field with its default, its meaning, and the numbers or the words that it may be."""
-    rules = {"help": help, "low": low, "high": high, "choices": choices.split()}
+    rules = dict(help=help, low=low, high=high, choices=choices.split())
     return field(default=default, metadata=rules)
+
+CONVERT = {  # what was given, to a field's type
+    int: lambda x: int(str(x)), float: float, str: os.fsdecode,
+    bool: lambda x: {"true": True, "false": False}[str(x).lower()],
+    list: lambda x: [str(x)] if isinstance(x, (str, Path)) else [str(item) for item in x]}
 
 def checked(f, value):
     """The value given to a field, converted to the field's type, or an Error."""
-    kind, low, high = f.type, f.metadata["low"], f.metadata["high"]
-    choices = f.metadata["choices"]
-    value = str(value) if isinstance(value, os.PathLike) else value
+    low, high, choices = (f.metadata[rule] for rule in ("low", "high", "choices"))
     if value is None and f.default is None:
         return None
-    if kind is list and isinstance(value, (str, list, tuple)):
-        return [value] if isinstance(value, str) else [str(v) for v in value]
-    if kind is str and isinstance(value, str) and (not choices or value in choices):
-        return value
-    if kind is bool and str(value).lower() in ("true", "false"):
-        return str(value).lower() == "true"
-    if kind in (int, float) and isinstance(value, (int, float, str)):
-        with contextlib.suppress(ValueError, OverflowError):
-            number = kind(value)
-            if low <= number <= high and number < math.inf and number in (value, kind(str(value))):
-                return number
-    wanted = {list: "a text or a list of texts", str: "a text", bool: "true or false",
-              int: "a whole number", float: "a number"}[kind]
-    if kind in (int, float):
-        wanted += f" of at least {low}" + (f" and at most {high}" if high < math.inf else "")
-    wanted = f"one of {', '.join(choices)}" if choices else wanted
-    raise Error(f"{f.name} is {wanted}; not {quote(value)}")
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        converted = CONVERT[f.type](value)
+        number = converted if f.type in (int, float) else low
+        if low <= number <= high and (not choices or converted in choices):
+            return converted
+    wanted = "one of " + ", ".join(choices) if choices else f"of type {f.type.__name__}"
+    if f.type in (int, float):
+        wanted += f" from {low} to {high:g}".removesuffix(" to 1e+18")
+    raise Error(f"{f.name} must be {wanted}, not {value!r:.100}")
 
 class Settings:
-    """What the classes below have in common: their fields are checked when one is made."""
+    """What the classes below have in common: to make one is to check every field."""
     def __post_init__(self):
         for f in fields(self):
             setattr(self, f.name, checked(f, getattr(self, f.name)))
 
     @classmethod
-    def check(cls, given):
-        """The values in a dict, each converted and checked by the field of its name."""
+    def make(cls, given):
+        """One from the names and values that a command was given; it remembers them."""
         known = {f.name: f for f in fields(cls)}
         for name in given.keys() - known.keys():
-            close = ["steps"] if name == "epochs" else difflib.get_close_matches(name, known, 1)
+            close = difflib.get_close_matches(name.replace("epochs", "steps"), known, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise Error(f"there is no setting {quote(name)}{hint}")
-        return {name: checked(known[name], value) for name, value in given.items()}
+            raise Error(f"there is no setting {name!r:.100}{hint}")
+        given = {name: checked(known[name], value) for name, value in given.items()}
+        s = cls(**cls.complete(given))
+        s.given = given
+        return s
 
     @classmethod
-    def pick(cls, settings):
-        """One made from those items of a larger dict that this class knows."""
-        return cls(**{f.name: settings[f.name] for f in fields(cls) if f.name in settings})
-
-    @classmethod
-    def from_given(cls, given):
-        """One made from what a command was given."""
-        return cls(**given)
+    def complete(cls, given):
+        """What was given, and the defaults that depend on it."""
+        return given
 
 COMMANDS = {}  # name -> function
 
-def command(settings, name=None):
+def command(settings, name):
     """Make a function of a `settings` a command of the shell, and a function of its fields."""
-    known = {f.name: f for f in fields(settings)}
-    names = list(dict.fromkeys([*settings.__annotations__, *known]))  # its own come first
+    known = settings.__dataclass_fields__
+    names = dict.fromkeys([*settings.__annotations__, *known])  # its own come first
 
     def decorate(function):
         @functools.wraps(function)
-        def call(*args, **given):
-            given = call.__signature__.bind(*args).arguments | given
+        def call(**given):
             try:
-                return function(settings.from_given(settings.check(given)))
+                return function(settings.make(given))
+            except ImportError as e:
+                raise Error(f"this needs a package: pip install {e.name}") from None
+            except OSError as e:
+                raise Error(f"{e.filename or name}: {e.strerror or first_line(e)}") from None
             except (MemoryError, RuntimeError) as e:
-                if isinstance(e, torch.OutOfMemoryError) or "memory" in str(e) + repr(e).lower():
-                    raise Error("out of memory: try a smaller batch_size (with a larger accum), "
-                                "checkpoint_activations, a smaller block_size or size", 1) from None
-                raise
+                if "memory" not in repr(e).lower():
+                    raise
+                raise Failure("out of memory: try a smaller batch_size (with a larger accum), "
+                              "checkpoint_activations, a smaller block_size or size") from None
 
         call.__signature__ = Signature([
-            Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=known[name].default)
-            for name in names])
+            Parameter(n, Parameter.KEYWORD_ONLY, default=known[n].default) for n in names])
+        COMMANDS[name] = call
         call.settings = settings
-        COMMANDS[name or function.__name__] = call
         return call
     return decorate
 
@@ -152,8 +136,8 @@ def command(settings, name=None):
 class Config(Settings):
     """The shape of the model. `GPT(Config(vocab_size=65))` is a model."""
     vocab_size: int = setting(0, "tokens in the vocabulary (0: the tokenizer's; bpe: 1024)")
-    block_size: int = setting(128, "context: the tokens that a prediction can see", 1)
-    n_layer: int = setting(4, "blocks of attention and MLP; 0 is the bigram table", high=1000)
+    block_size: int = setting(256, "context: the tokens that a prediction can see", 1, 1 << 24)
+    n_layer: int = setting(4, "blocks of attention and MLP; without any it is a bigram", 0, 1000)
     n_head: int = setting(4, "attention heads", 1)
     n_kv_head: int = setting(0, "heads of keys and values (0: n_head; llama, qwen3: half of it)")
     head_dim: int = setting(0, "channels of a head (0: n_embd / n_head)")
@@ -167,7 +151,7 @@ class Config(Settings):
     tie: bool = setting(False, "the head shares the embedding's weights")
     rope_theta: float = setting(10000.0, "RoPE: the longest wavelength is 2 pi times this", 1)
     norm_eps: float = setting(1e-6, "added to the mean square inside norms")
-    dropout: float = setting(0.0, "share of what blocks add that training zeroes", high=0.99)
+    dropout: float = setting(0.0, "share of what blocks add that training zeroes", 0, 0.99)
 
     def __post_init__(self):
         super().__post_init__()
@@ -186,31 +170,29 @@ class Config(Settings):
 class Machine(Settings):
     """Where it runs."""
     device: str = setting("auto", "auto (cuda, else mps, else cpu) or a torch device")
-    dtype: str = setting("auto", "precision; auto: the one that the device is fast in",
-                         choices="auto float32 bfloat16 float16 float64")
+    dtype: str = setting("auto", "precision", choices="auto float32 bfloat16 float16 float64")
     attention: str = setting("auto", "attention kernel", choices="auto triton cuda sdpa plain")
-    seed: int = setting(1337, "the same seed gives the same run", high=2 ** 64 - 1)
+    seed: int = setting(1337, "the same seed gives the same run", 0, 2 ** 64 - 1)
 
 @dataclass
 class Training(Machine, Config):
     """A run."""
-    data: list = setting(("input.txt",), "files (.txt, .jsonl), folders, globs, http(s) addresses")
+    data: list = setting(("input.txt",), "files (.txt, .jsonl), folders of .txt files, globs")
     out: str = setting("out", "folder of the run")
     steps: int = setting(None, "length (default: the size's, or until the text is seen 5 times)", 1)
     minutes: float = setting(None, "length, from the start of the command to its end")
-    size: str = setting("auto", "auto: tiny on a CPU, baby elsewhere",
-                        choices="auto tiny baby gpt2 gpt2-medium gpt2-large gpt2-xl")
+    size: str = setting("auto", "auto: tiny on a CPU, else baby; or one of GPT-2's", choices=
+                        "auto tiny baby gpt2 gpt2-medium gpt2-large gpt2-xl")
     tokenizer: str = setting("char", "bpe is learnt from the data", choices="char bpe gpt2")
     arch: str = setting("qwen3", "architecture", choices="bigram gpt2 llama qwen3")
     init: str = setting("", "fine-tune: a checkpoint, a run's or a Hugging Face folder, gpt2, ...")
     resume: bool = setting(False, "go on where the run in out stopped")
     overwrite: bool = setting(False, "replace the run in out")
-    batch_size: int = setting(16, "sequences per forward pass and process", 1)
+    batch_size: int = setting(8, "sequences per forward pass and process", 1)
     accum: int = setting(1, "forward passes per step", 1)
     lr: float = setting(3e-3, "AdamW's peak learning rate; Muon's is 10 times that; init: a tenth")
-    optimizer: str = setting("muon", "muon: for the blocks' matrices, and AdamW for the rest",
-                             choices="muon adamw")
-    momentum: float = setting(0.9, "Muon's: what a step keeps of earlier gradients", high=0.999)
+    optimizer: str = setting("muon", "muon is for the blocks' matrices", choices="muon adamw")
+    momentum: float = setting(0.9, "Muon's: what a step keeps of earlier gradients", 0, 0.999)
     weight_decay: float = setting(0.1, "how much of a matrix a step takes away, times the rate")
     grad_clip: float = setting(1.0, "longest gradient (2-norm) that a step follows; 0 is off")
     warmup: int = setting(0, "steps over which the learning rate rises")
@@ -220,27 +202,20 @@ class Training(Machine, Config):
     checkpoint_activations: bool = setting(False, "recompute activations: slower, less memory")
 
     @classmethod
-    def from_given(cls, given):
+    def complete(cls, given):
         """What was given beats size, which beats arch, which beats the defaults above."""
-        if given.get("steps") and given.get("minutes") is not None:
-            raise Error("steps and minutes: give one of them")
         arch, size = given.get("arch", cls.arch), given.get("size", "auto")
         if size == "auto":
-            size = "tiny" if pick_device(given.get("device", "auto")).type == "cpu" else "baby"
+            cpu = pick_device(given.get("device", "auto")).type == "cpu"
+            size = "tiny" if cpu or arch == "bigram" else "baby"
         settings = ARCHS[arch] | SIZES[size] | given | {"size": size}
-        if arch == "bigram":
-            if given.get("n_layer"):
-                raise Error("arch bigram is a table, it has no layers: leave n_layer out")
-            settings |= ARCHS[arch] | given | {"n_layer": 0}  # at any size
         heads = settings.get("n_head", cls.n_head)
         if arch in ("llama", "qwen3") and heads % 2 == 0:
             settings.setdefault("n_kv_head", heads // 2)
-        s = cls(**settings)
-        s.given = given
-        return s
+        return settings
 
 ARCHS = {
-    "bigram": dict(optimizer="adamw", lr=0.05, weight_decay=0.05),  # smooths what was never seen
+    "bigram": dict(n_layer=0, pos="none"),  # what follows what: embedding times head is the table
     "gpt2": dict(pos="learned", norm="layer", mlp="gelu", qk_norm=False, bias=True, tie=True,
                  norm_eps=1e-5),
     "llama": dict(qk_norm=False),
@@ -253,33 +228,25 @@ SIZES = {
     "baby": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64,
                  warmup=50),
     **{name: dict(n_layer=layers, n_head=heads, n_embd=channels, block_size=1024, accum=32,
-                  warmup=200, lr=2e-3, momentum=0.95)
+                  batch_size=16, warmup=200, lr=2e-3, momentum=0.95)
        for name, (layers, heads, channels) in GPT2_SIZES.items()}}
-STEPS = {"tiny": 2200, "baby": 2500}  # if neither steps nor minutes are given; else 20,000
+STEPS = {"tiny": 1900, "baby": 2500}  # if neither steps nor minutes are given; else 20,000
 
 # --- Tokenizers ----------------------------------------------------------------------------------
 # A model reads whole numbers. A tokenizer is a list of byte strings, one a number, and a way to
 # cut a text into them.
-
-# As much of a text as tiktoken can take: it fails on a million blanks. Up to the end of a word.
-TIKTOKEN_CAN = r"(?s).{1,300000}(?:\Z|(?<=[^\W_])(?=\s))|.{1,300000}"
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 class Tokenizer:
     """What every tokenizer has: `tokens`, the bytes of each id; `eot`, the id that ends a document,
     or None; `ends`, the ids that end a sample; `first`, the ids that a text without a prompt begins
     with; `encode(text, special)` -> ids (T,), where `special` makes <|endoftext|> one token; and
     `state()`, what a checkpoint keeps: its kind, and the arguments that make it again."""
-    eot, ends = None, frozenset()
+    eot, ends = None, set()
 
     def decode(self, ids):
         """The text of ids; bytes that are not UTF-8 become U+FFFD."""
         ids = torch.as_tensor(ids).tolist()
         return b"".join(self.tokens[i] for i in ids).decode("utf-8", "replace")
-
-    def unknown(self, text):
-        """The characters of a text that have no token."""
-        return []
 
 class CharTokenizer(Tokenizer):
     """One token per character. `CharTokenizer("abc").encode("cab").tolist() == [2, 0, 1]`"""
@@ -292,22 +259,17 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts, vocab_size):
-        chars = set()
-        for text in texts:
-            chars.update(text)
-        return cls(chars)
+        return cls(set().union(*texts))
 
     def encode(self, text, special=False):
-        codes = bytearray(text.encode("utf-32-le"))
-        ids = self.ids[torch.frombuffer(codes, dtype=torch.int32)] if text else self.ids[:0]
-        if text and ids.min() < 0:
-            missing = " ".join(map(repr, self.unknown(text)))
-            raise Error(f"the text has characters that this model has never seen: {missing:.100} "
+        if not text:
+            return self.ids[:0]
+        ids = self.ids[torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)]
+        if ids.min() < 0:
+            unknown = " ".join(repr(c) for c in dict.fromkeys(text) if c not in self.chars)
+            raise Error(f"the text has characters that this model has never seen: {unknown:.100} "
                         "(a model trained with --tokenizer bpe reads any text)")
         return ids
-
-    def unknown(self, text):
-        return [c for c in dict.fromkeys(text) if c not in self.chars]
 
     def state(self):
         return {"kind": "char", "chars": self.chars}
@@ -320,7 +282,8 @@ class BPETokenizer(Tokenizer):
         self.eot = len(tokens) - 1
         self.ends, self.first = {self.eot}, [self.eot]
         self.ranks = {token: i for i, token in enumerate(self.tokens[:-1])}
-        self.encoding = import_tiktoken().Encoding(
+        import tiktoken
+        self.encoding = tiktoken.Encoding(
             "gpt.py", pat_str=GPT2_PATTERN, mergeable_ranks=self.ranks,
             special_tokens={"<|endoftext|>": self.eot})
 
@@ -328,10 +291,16 @@ class BPETokenizer(Tokenizer):
     def train(cls, texts, vocab_size):
         """Learn merges: join the commonest pair of neighbouring tokens, and again.
         `BPETokenizer.train(["aaa aaa"], 259).tokens[256:] == [b"aa", b"aaa", b"<|endoftext|>"]`"""
+        import regex  # comes with tiktoken
         vocab_size = vocab_size or 1024
         if vocab_size < 257:
             raise Error(f"vocab_size {vocab_size}: bpe needs 256 bytes and the end of text")
-        words = [(list(word), n) for word, n in count_words(texts).items()]
+        counts = Counter()  # of words, as bytes: merges stay within words
+        for text in itertools.islice(texts, 16):  # two million characters tell enough
+            for word, n in Counter(regex.findall(GPT2_PATTERN, text)).items():
+                for part in re.findall(b"(?s).{1,64}", word.encode()):
+                    counts[part] += n
+        words = [(list(word), n) for word, n in counts.items()]
         tokens = [bytes([i]) for i in range(256)]
         pairs, where = Counter(), defaultdict(set)  # how often, and in which words, pairs occur
 
@@ -343,7 +312,6 @@ class BPETokenizer(Tokenizer):
 
         for i in range(len(words)):
             count(i, 1)
-        progress = Progress("learning bpe")
         while len(tokens) < vocab_size - 1 and pairs:
             a, b = max(pairs, key=pairs.get)
             if pairs[a, b] < 1:
@@ -358,13 +326,11 @@ class BPETokenizer(Tokenizer):
                     j += 1
                 count(i, 1)
             del pairs[a, b]
-            progress.say(f"{len(tokens):,} tokens of {vocab_size:,}")
         return cls(tokens + [b"<|endoftext|>"])
 
     def encode(self, text, special=False):
-        allowed, ids = {"<|endoftext|>"} if special else set(), []
-        for part in re.findall(TIKTOKEN_CAN, text):
-            ids += self.encoding.encode(part, allowed_special=allowed, disallowed_special=())
+        allowed = {"<|endoftext|>"} if special else set()
+        ids = self.encoding.encode(text, allowed_special=allowed, disallowed_special=())
         return torch.tensor(ids, dtype=torch.int32)
 
     def state(self):
@@ -374,41 +340,16 @@ class GPT2Tokenizer(BPETokenizer):
     """GPT-2's own 50,257 tokens, which tiktoken downloads once."""
     @classmethod
     def train(cls, texts, vocab_size):
-        try:
-            ranks = import_tiktoken().get_encoding("gpt2")._mergeable_ranks
-        except (OSError, ValueError) as e:
-            raise Error(f"the gpt2 tokenizer could not be downloaded ({type(e).__name__}); set "
-                        "TIKTOKEN_CACHE_DIR to a folder that has its two files, vocab.bpe as "
-                        "6d1cbeee0f20b3d9449abfede4726ed8212e3aee and encoder.json as "
-                        "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6") from None
+        import tiktoken
+        ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
         return cls(sorted(ranks, key=ranks.get) + [b"<|endoftext|>"])
 
 TOKENIZERS = {"char": CharTokenizer, "bpe": BPETokenizer, "gpt2": GPT2Tokenizer}
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 def tokenizer_from(state):
     """A tokenizer from what a checkpoint keeps of it."""
     return TOKENIZERS[state["kind"]](**{name: v for name, v in state.items() if name != "kind"})
-
-def count_words(texts, limit=1 << 19):
-    """How often each word occurs, as bytes; merges stay within words. When the different words
-    come to `limit` bytes, the rest of the texts is left out."""
-    import regex  # comes with tiktoken
-    counts = Counter()
-    for text in texts:
-        for word, n in Counter(regex.findall(GPT2_PATTERN, text)).items():
-            for part in re.findall(b"(?s).{1,64}", word.encode()):
-                counts[part] += n
-        if sum(map(len, counts)) > limit:
-            notice("bpe learns from the beginning of the text, which has enough different words")
-            break
-    return counts
-
-def import_tiktoken():
-    try:
-        import tiktoken
-    except ImportError:
-        raise Error("this tokenizer needs tiktoken: pip install tiktoken") from None
-    return tiktoken
 
 # --- Model ---------------------------------------------------------------------------------------
 # Each token becomes a vector, the residual stream. Every block reads it and adds to it: attention
@@ -418,8 +359,7 @@ def import_tiktoken():
 
 def causal_mask(TQ, TK, like):
     """0 where query i may see key j, else -inf. The queries are the last TQ of TK positions."""
-    mask = torch.full((TQ, TK), -math.inf, dtype=like.dtype, device=like.device)
-    return mask.triu(TK - TQ + 1)
+    return like.new_full((TQ, TK), -math.inf).triu(TK - TQ + 1)
 
 def attention(q, k, v):
     """softmax(q k^T / sqrt(D) + mask) v: the definition, which faster ones are checked against.
@@ -440,39 +380,35 @@ def attention(q, k, v):
     return out.view(B, H, TQ, -1).transpose(1, 2)  # (B, TQ, H, D)
 
 def fused_attention(q, k, v):
-    """The same by torch's own kernels, of which only the CPU's all know groups."""
+    """The same by torch's own kernels."""
     TQ, TK, groups = q.size(1), k.size(1), q.size(2) // k.size(2)
-    if groups > 1 and q.device.type != "cpu":
-        k, v, groups = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2), 1
+    k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
     mask = causal_mask(TQ, TK, q) if 1 < TQ < TK else None
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=TQ == TK, enable_gqa=groups > 1)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=TQ == TK)
     return y.transpose(1, 2)
 
-def choose_attention(model, impl, dtype, batch_size=1, sampling=False):
+def choose_attention(model, impl, dtype, batch_size=1):
     """Let the blocks use the attention that suits this machine, or `impl` -> what it is, and why.
     It must agree with `attention` above: what is changed there is never silently ignored."""
     c, device = model.config, next(model.parameters()).device
-    cpu = impl == "auto" and device.type == "cpu"  # by a rule: runs there repeat to the bit
-    if impl == "plain" or cpu and not sampling and c.block_size <= 256:
+    if impl == "plain" or impl == "auto" and device.type == "cpu" and c.block_size <= 256:
         attend, reason = attention, "plain attention"
-    elif cpu or NO_KERNELS and impl in ("auto", "sdpa"):
+    elif NO_KERNELS and impl in ("auto", "sdpa"):
         attend, reason = fused_attention, "torch's attention"
+    elif NO_KERNELS:
+        raise Error(f"attention {impl}: {NO_KERNELS}")
     else:
         shape = batch_size, c.block_size, c.n_head, c.n_kv_head, c.head_dim
         try:
             attend, reason = kernels.choose(device, dtype, shape, impl)
-        except (ValueError, NameError, AttributeError) as e:
-            raise Error(f"attention {impl}: {NO_KERNELS or e}") from None
+        except ValueError as e:
+            raise Error(f"attention {impl}: {e}") from None
     q, k, v = torch.randn(3, 1, c.block_size, 1, c.head_dim, device=device, dtype=dtype)
-    products = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    wanted, got = attention(q, k, v).cpu().double(), attend(q, k, v).cpu().double()
-    torch.set_float32_matmul_precision(products)
-    half = dtype in (torch.float16, torch.bfloat16)  # in which the errors come to 0.006
-    if not (got - wanted).norm() < (0.02 if half else 1e-4) * wanted.norm():
+    wanted, got = attention(q, k, v), attend(q, k, v)
+    if not (got - wanted).norm() < 0.02 * wanted.norm():  # in half precision it is 0.006
         attend, reason = attention, f"plain attention, which {reason} does not agree with"
-    for block in getattr(model, "blocks", ()):
+    for block in model.blocks:
         block.attn.attend = attend
     return reason
 
@@ -493,12 +429,12 @@ class Attention(nn.Module):
     Several heads do so side by side."""
     def __init__(self, config, layer):
         super().__init__()
-        C, D, bias = config.n_embd, config.head_dim, config.bias
+        C, D, H, H_kv = config.n_embd, config.head_dim, config.n_head, config.n_kv_head
         self.layer, self.head_dim = layer, D
-        self.q = nn.Linear(C, config.n_head * D, bias=bias)
-        self.k = nn.Linear(C, config.n_kv_head * D, bias=bias)
-        self.v = nn.Linear(C, config.n_kv_head * D, bias=bias)
-        self.out = nn.Linear(config.n_head * D, C, bias=bias)
+        self.q = nn.Linear(C, H * D, bias=config.bias)
+        self.k = nn.Linear(C, H_kv * D, bias=config.bias)
+        self.v = nn.Linear(C, H_kv * D, bias=config.bias)
+        self.out = nn.Linear(H * D, C, bias=config.bias)
         self.q_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
         self.attend = attention  # `choose_attention` may put a faster one here
@@ -532,6 +468,7 @@ class MLP(nn.Module):
         return self.down(x.square() if self.kind == "relu2" else x)
 
 class Block(nn.Module):
+    """One layer. x is the residual stream: blocks only ever add to it."""
     def __init__(self, config, layer):
         super().__init__()
         self.attn_norm, self.attn = make_norm(config), Attention(config, layer)
@@ -539,7 +476,6 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rope=None, cache=None):
-        # x is the residual stream: blocks only ever add to it
         x = x + self.dropout(self.attn(self.attn_norm(x), rope, cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
@@ -560,11 +496,11 @@ class KVCache:
 def next_token_loss(x, weight, targets):
     """Mean cross-entropy of the logits x @ weight^T: minus the log of the probability that was
     given to the token that came. 0 is certainty, ln(V) is knowing nothing. x (B, T, C); weight
-    (V, C), or None where x are logits; targets (B, T), of which -1 do not count."""
+    (V, C); targets (B, T), of which -1 do not count."""
     x, targets = x.flatten(0, 1), targets.flatten()
-    if weight is not None and not NO_KERNELS:
+    if not NO_KERNELS:
         return kernels.linear_cross_entropy(x, weight, targets)  # never holds all logits
-    logits = x if weight is None else F.linear(x, weight)
+    logits = F.linear(x, weight)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(logits, targets, ignore_index=-1)
 
@@ -629,23 +565,6 @@ class GPT(nn.Module):
             return next_token_loss(self.norm(x), self.head.weight, targets)
         return self.head(self.norm(x[:, -1:] if last else x))
 
-class Bigram(nn.Module):
-    """The simplest language model: row i of a table holds the logits of what follows token i."""
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.table = nn.Embedding(config.vocab_size, config.vocab_size)
-        nn.init.zeros_(self.table.weight)
-
-    def forward(self, idx, targets=None, cache=None, last=False):
-        logits = self.table(idx[:, -1:] if last else idx)
-        if cache:
-            cache.length += idx.size(1)
-        return logits if targets is None else next_token_loss(logits, None, targets)
-
-def build(config):
-    return GPT(config) if config.n_layer else Bigram(config)
-
 def count_parameters(model):
     return sum(p.numel() for p in model.parameters())
 
@@ -657,57 +576,38 @@ SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/
                "input.txt", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
 
 def cache_folder():
-    """$GPT_CACHE, else ~/.cache/gpt; where that cannot be written, a temporary one."""
-    try:
-        folder = Path(os.environ.get("GPT_CACHE") or Path.home() / ".cache" / "gpt")
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-        return folder
-    except (OSError, RuntimeError) as e:  # RuntimeError: a user without a home
-        folder = Path(tempfile.mkdtemp(prefix="gpt-"))
-        notice(f"no cache folder can be written ({first_line(e)}); tokens are kept in {folder}")
-        return folder
+    """Where tokens and downloads are kept."""
+    return Path(os.environ.get("GPT_CACHE") or Path.home() / ".cache" / "gpt")
 
 def download(url, path, sha256=None):
     """Fetch an address into a file, once."""
     if not path.exists():
-        notice(f"downloading {url}")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(url, str(path), sha256, sys.stderr is not None)
+            torch.hub.download_url_to_file(url, str(path), sha256)
         except Exception as e:  # no network, no such address, another file than expected
             raise Error(f"{url} could not be downloaded ({first_line(e)}); "
                         f"put the file there yourself: {path}") from None
     return path
 
 def find_files(name):
-    """The files that one name in `data` stands for; those of folders and globs are sorted."""
-    path = Path(name).expanduser()
-    beside = Path(globals().get("__file__", ".")).parent / "input.txt"
-    if re.match(r"https?://", name):
-        unique = hashlib.sha256(name.encode()).hexdigest()[:16]
-        return [download(name, cache_folder() / f"{unique}-{path.name.split('?')[0]}")]
-    if not name:
-        raise Error("data is an empty name")
-    if os.path.isfile(path):
-        return [path]
-    if os.path.isdir(path):
-        inside = [p.relative_to(path) for p in sorted(path.rglob("*")) if p.is_file()]
-        found = [path / p for p in inside if p.suffix.lower() == ".txt"
-                 and not any(part.startswith(".") for part in p.parts)]
-        if not found:
-            raise Error(f"{name}: there is no .txt file in this folder")
-        return found
-    if os.path.exists(path):
-        raise Error(f"{name} is a pipe or a device: save the text in a file first")
-    if found := sorted(p for p in glob.glob(str(path), recursive=True) if os.path.isfile(p)):
-        return [Path(p) for p in found]
-    if name == "input.txt" and beside.is_file():
-        return [beside]
-    if name == "input.txt":
-        notice("there is no input.txt here: using Tiny Shakespeare instead")
-        return [download(SHAKESPEARE[0], cache_folder() / "tinyshakespeare.txt", SHAKESPEARE[1])]
-    raise Error(f"{quote(name)}: no such file, and no file matches it")
+    """The files that one name in `data` stands for: a file's, a glob's, a folder's visible .txt."""
+    path = os.path.expanduser(name)
+    pattern = os.path.join(path, "**", "*.[tT][xX][tT]") if os.path.isdir(path) else path
+    found = [path] if os.path.isfile(path) else sorted(glob.glob(pattern, recursive=True))
+    found = [Path(p) for p in found if os.path.isfile(p)]
+    if not found and name == "input.txt":
+        beside = Path(globals().get("__file__", ".")).parent / name
+        url, sha256 = SHAKESPEARE
+        return [beside if beside.is_file()
+                else download(url, cache_folder() / "tinyshakespeare.txt", sha256)]
+    if not found:
+        raise Error(f"data {name!r:.100}: no file, no folder with .txt files, no glob of files")
+    return found
+
+def whole_characters(text):
+    """The text with halves of surrogate pairs joined, or replaced where they stand alone."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 def read_documents(path, size):
     """Each document of a file, as an iterator over blocks of text: a .jsonl has one a line."""
@@ -716,115 +616,78 @@ def read_documents(path, size):
             yield iter(lambda: file.read(size), "")
             return
         for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    text = json.loads(line)
-                    text = text["text"].encode("utf-16", "surrogatepass")
-                except KeyError:
-                    raise Error(f"{path}: line {number} has no `text`: {quote([*text])}") from None
-                except (ValueError, TypeError, AttributeError, RecursionError):
-                    raise Error(f"{path}: line {number} is no JSON object with a `text`") from None
-                yield [text.decode("utf-16", "replace")]
+            try:
+                yield [whole_characters(json.loads(line)["text"])]
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                raise Error(f"{path}: line {number} is no JSON object with a `text`") from None
 
 WORD_END = re.compile(r"(?s).*[^\W_](?=\s)")  # greedy: the last in a text
 
 def read_pieces(paths, size=1 << 17):
-    """The text in pieces of about `size` characters, and None between documents. A piece ends
+    """The text in pieces of about `size` characters, and None before each document. A piece ends
     between a letter or digit and the white space after it, where no tokenizer joins anything;
-    where there is no such place in twice the size, anywhere."""
-    first = True
+    where there is no such place, anywhere."""
     for path in paths:
         try:
             for document in read_documents(path, size):
-                if not first:
-                    yield None
-                first, rest = False, ""
+                yield None
+                rest = ""
                 for block in document:
                     rest += block
                     end = WORD_END.match(rest)
-                    if end or len(rest) >= 2 * size:
-                        cut = end.end() if end else len(rest)
-                        yield rest[:cut]
-                        rest = rest[cut:]
+                    cut = end.end() if end else size
+                    yield rest[:cut]
+                    rest = rest[cut:]
                 yield rest
-        except UnicodeDecodeError as e:
-            raise Error(f"{path}: not UTF-8 text ({e.reason})") from None
-        except OSError as e:
-            raise Error(f"{path}: {e.strerror}") from None
+        except UnicodeDecodeError:
+            raise Error(f"{path}: not UTF-8 text") from None
 
 # ids (N,) are on disk; the fingerprint is theirs, whatever the files are called
 Tokens = namedtuple("Tokens", "ids tokenizer fingerprint files text_bytes")
 
 def load_tokens(data, tokenizer="char", vocab_size=0):
     """Tokenise files, or find that it was done before. `tokenizer`: one, or the kind to make."""
-    paths = list(itertools.chain.from_iterable(find_files(name) for name in data))
+    paths = [path for name in data for path in find_files(name)]
     files = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
     what = [tokenizer, vocab_size] if isinstance(tokenizer, str) else tokenizer.state()
     key = hashlib.sha256(json.dumps([FORMAT, files, what]).encode()).hexdigest()[:32]
-    folder = cache_folder()
-    about, binary = folder / f"{key}.json", folder / f"{key}.bin"
-    try:
-        known = json.loads(about.read_text("utf-8"))
-        complete = binary.stat().st_size == known["count"] * known["width"]
-    except (OSError, ValueError, KeyError):
-        complete = False
-    if not complete:
+    about, binary = cache_folder() / f"{key}.json", cache_folder() / f"{key}.bin"
+    if not (about.exists() and binary.exists()):
         if isinstance(tokenizer, str):
-            texts = (text for text in read_pieces(paths) if text is not None)
+            texts = (text for text in read_pieces(paths) if text)
             tokenizer = TOKENIZERS[tokenizer].train(texts, vocab_size)
-        known = write_tokens(read_pieces(paths), tokenizer, binary)
-        with atomic(about) as file:
-            file.write(json.dumps(known | {"tokenizer": tokenizer.state()}).encode())
-    elif isinstance(tokenizer, str):
-        tokenizer = tokenizer_from(known["tokenizer"])
-    if known["count"] < 2:
-        raise Error(f"{', '.join(data):.100}: too little text, {known['count']} tokens")
-    dtype = torch.uint16 if known["width"] == 2 else torch.int32
-    ids = torch.from_file(str(binary), shared=False, size=known["count"], dtype=dtype)
+        write_tokens(paths, tokenizer, binary, about)
+    known = json.loads(about.read_text("utf-8"))
+    tokenizer = tokenizer_from(known["tokenizer"])
+    dtype = id_dtype(tokenizer)
+    size = binary.stat().st_size // dtype.itemsize
+    if size < 20:
+        raise Error(f"{', '.join(data):.100}: too little text, {size} tokens")
+    ids = torch.from_file(str(binary), shared=False, size=size, dtype=dtype)
     return Tokens(ids, tokenizer, known["fingerprint"], len(paths), known["text_bytes"])
 
-def write_tokens(pieces, tokenizer, path):
-    """Write the ids of all pieces into a file -> what load_tokens must know of it."""
-    width = 2 if len(tokenizer.tokens) <= 1 << 16 else 4
-    dtype = torch.int16 if width == 2 else torch.int32  # the bits of uint16, but sooner made
-    digest, count, text_bytes, progress = hashlib.sha256(), 0, 0, Progress("tokenising")
+def id_dtype(tokenizer):
+    return torch.uint16 if len(tokenizer.tokens) <= 1 << 16 else torch.int32
 
+def write_tokens(paths, tokenizer, binary, about):
+    """Write the ids of the files' text into one file, and what must be known of it into another."""
+    digest, text_bytes = hashlib.sha256(), 0
     between = torch.tensor([] if tokenizer.eot is None else [tokenizer.eot], dtype=torch.int32)
-
-    def encode(batch):
-        ids = torch.cat([between if text is None else tokenizer.encode(text) for text in batch])
-        raw = bytearray(width * len(ids))
-        if raw:
-            torch.frombuffer(raw, dtype=dtype).copy_(ids)
-        return raw
-
-    batches = batch_pieces(pieces)
-    with atomic(path) as file, ThreadPoolExecutor(os.cpu_count()) as pool:
-        while several := list(itertools.islice(batches, 2 * os.cpu_count())):
-            for raw in pool.map(encode, several):
-                digest.update(raw)
-                file.write(raw)
-                count += len(raw) // width
-            text_bytes += sum(len(text.encode()) for batch in several for text in batch if text)
-            progress.say(f"{count / 1e6:.0f} million tokens so far")
-    return {"count": count, "width": width, "text_bytes": text_bytes,
-            "fingerprint": digest.hexdigest()}
-
-def batch_pieces(pieces, size=1 << 17):
-    """Lists of pieces with about `size` characters together, however short a document is."""
-    batch, characters = [], 0
-    for text in pieces:
-        batch.append(text)
-        characters += len(text or "")
-        if characters >= size:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+    with atomic(binary) as file:
+        for n, text in enumerate(read_pieces(paths)):
+            ids = between[:n] if text is None else tokenizer.encode(text)  # none before the first
+            ids = ids.to(id_dtype(tokenizer))
+            raw = ctypes.string_at(ids.data_ptr(), ids.nbytes)
+            file.write(raw)
+            digest.update(raw)
+            text_bytes += len((text or "").encode())
+    with atomic(about) as file:
+        file.write(json.dumps({"tokenizer": tokenizer.state(), "text_bytes": text_bytes,
+                               "fingerprint": digest.hexdigest()}).encode())
 
 def split(ids):
-    """The first nine tenths train, the rest validates; that may be empty."""
-    n = max(2, int(0.9 * len(ids)))
+    """The first nine tenths train, the rest validates."""
+    n = int(0.9 * len(ids))
     return ids[:n], ids[n:]
 
 def get_batch(ids, T, shape, rank, seed, step):
@@ -870,7 +733,7 @@ class Muon(torch.optim.Optimizer):
     matrix with singular values S in U S V^T, step along U V^T, which moves all its directions
     equally. Matrices of one shape are stacked and go through it together."""
     def __init__(self, params, lr, momentum, weight_decay):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        super().__init__(params, dict(lr=lr, peak=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self):
@@ -878,24 +741,22 @@ class Muon(torch.optim.Optimizer):
         for p in group["params"]:
             shapes[p.shape].append(p)
         for (rows, columns), params in shapes.items():
-            grad = torch.stack([p.grad for p in params])
-            state = self.state[params[0]]
-            if not state:
-                state["momentum"] = torch.zeros_like(grad)
-            momentum = state["momentum"].lerp_(grad, 1 - group["momentum"])
+            grad, state = torch.stack([p.grad for p in params]), self.state[params[0]]
+            momentum = state.setdefault("momentum", torch.zeros_like(grad))
+            momentum.lerp_(grad, 1 - group["momentum"])
             nesterov = grad.lerp(momentum, group["momentum"])
             update = orthogonalise(nesterov).to(grad.dtype)
             lr = group["lr"] * max(1, rows / columns) ** 0.5
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(params, list(update.unbind()), alpha=-lr)
+            for p, step in zip(params, update):  # cautious: weights that the step makes smaller
+                p.mul_(1 - group["lr"] * group["weight_decay"] * (p * step > 0))
+                p.add_(step, alpha=-lr)
 
 def orthogonalise(x, steps=5):
     """x (n, rows, columns) -> about the nearest matrices whose singular values are all 1 (they end
     between 0.7 and 1.2), by Newton-Schulz: x <- 3.44 x - 4.78 (x x^T) x + 2.03 (x x^T)^2 x."""
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     if x.is_cuda:  # no element is above 1 any more, so float16 will do where bfloat16 is slow
-        modern = torch.cuda.get_device_capability(x.device) >= (8, 0)
-        x = x.to(torch.bfloat16 if modern else torch.float16)
+        x = x.to(pick_dtype("auto", x.device))
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     for _ in range(steps):
@@ -905,21 +766,14 @@ def orthogonalise(x, steps=5):
 
 def make_optimizers(model, s):
     """Muon for the blocks' matrices, AdamW for embeddings, head and vectors; or AdamW for all."""
-    muon = s.optimizer == "muon" and model.config.n_layer > 0
+    muon = s.optimizer == "muon" and len(model.blocks) > 0
     hidden = [p for p in model.blocks.parameters() if p.dim() == 2] if muon else []
     rest = [p for p in model.parameters() if all(p is not h for h in hidden)]
     groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": s.weight_decay},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
     betas, fused = (0.8 if muon else 0.9, 0.95), rest[0].device.type != "mps"
-    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], s.lr, betas, fused=fused)]
-    if muon:
-        optimizers.append(Muon(hidden, 10 * s.lr, s.momentum, s.weight_decay))
-    for group in param_groups(optimizers):
-        group["peak"] = group["lr"]
-    return optimizers
-
-def param_groups(optimizers):
-    return [group for optimizer in optimizers for group in optimizer.param_groups]
+    adamw = torch.optim.AdamW([g | {"peak": s.lr} for g in groups], s.lr, betas, fused=fused)
+    return [adamw, Muon(hidden, 10 * s.lr, s.momentum, s.weight_decay)] if muon else [adamw]
 
 def lr_share(step, progress, warmup):
     """The learning rate as a share of its peak: up over `warmup` steps, then in a line to zero."""
@@ -934,22 +788,18 @@ def pick_device(name):
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as e:
-        raise Error(f"device {quote(name)} cannot be used: {first_line(e)}") from None
+        raise Error(f"device {name!r:.100} cannot be used: {first_line(e)}") from None
 
 def pick_dtype(name, device):
-    """auto -> the precision that this device is fast in, and why."""
+    """auto -> the precision that this device is fast in."""
     if name == "float64" and device.type == "mps":
         raise Error("dtype float64: MPS does not have it")
     if name != "auto":
-        return getattr(torch, name), "as asked"
+        return getattr(torch, name)
     if device.type != "cuda" or torch.version.hip:
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        amx = device.type == "cpu" and capabilities.get("amx_bf16")
-        note = ", whose AMX units multiply in bfloat16" if amx else ""
-        return torch.float32, f"auto on {device.type}{note}"
-    major, minor = torch.cuda.get_device_capability(device)
-    dtype = torch.float16 if major == 7 else torch.bfloat16 if major >= 8 else torch.float32
-    return dtype, f"auto on compute capability {major}.{minor}"  # before 8.0 bfloat16 is emulated
+        return torch.float32
+    major, _ = torch.cuda.get_device_capability(device)  # before 8 bfloat16 is emulated
+    return torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else torch.float32
 
 def precision(device, dtype):
     """Matrix products in `dtype`, the rest as autocast knows to be safe."""
@@ -968,11 +818,9 @@ def interruptible():
 
     if threading.current_thread() is threading.main_thread():
         for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:
-            before[getattr(signal, name)] = signal.getsignal(getattr(signal, name))
-    before = {number: handler for number, handler in before.items() if handler is not None
-              and (handler != signal.SIG_IGN or number == signal.SIGINT)}  # None: the host's own
-    for number in before:
-        signal.signal(number, stop)
+            number = getattr(signal, name)
+            if signal.getsignal(number) not in (None, signal.SIG_IGN):  # a C host's; nohup's
+                before[number] = signal.signal(number, stop)
     try:
         yield received
     finally:
@@ -981,268 +829,193 @@ def interruptible():
 
 @contextlib.contextmanager
 def processes(device):
-    """Join the other processes that torchrun started -> (rank, how many)."""
+    """Join the other processes that torchrun started -> (rank, how many). Only the first speaks."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         yield 0, 1
         return
-    if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise Error("WORLD_SIZE is set without RANK and MASTER_ADDR: unset it, or use torchrun")
+    if "MASTER_ADDR" not in os.environ:
+        raise Error("WORLD_SIZE is set without MASTER_ADDR: unset it, or use torchrun")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # torchrun's store outlives a restart: under a prefix no process finds a dead one's address
-    store = dist.PrefixStore(RESTARTS, next(dist.rendezvous("env://"))[0])
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                            world_size=world, timeout=timedelta(days=1))  # the first may tokenise
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     try:
-        yield rank, world
-    except RuntimeError as e:
-        raise Error(f"process {rank} cannot go on; did another die? {first_line(e)}", 1) from None
+        with contextlib.redirect_stdout(io.StringIO() if rank else sys.stdout):
+            yield rank, world
     finally:
         dist.destroy_process_group()
 
-RESTARTS = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's
-MAY_CHANGE = {"out", "resume", "overwrite", "data", "steps", "minutes", "device", "dtype",
-              "attention", "compile", "checkpoint_activations", "eval_every", "probe"}  # resuming
+MAY_CHANGE = {"out", "resume", "data", "steps", "minutes", "device", "dtype", "attention",
+              "compile", "checkpoint_activations", "eval_every", "probe"}  # when a run goes on
 LOOKS = 20  # at even distances in a run, besides those at steps 0, 1, 2, 4, 8, ...
 
-@command(Training)
+@command(Training, "train")
 def train(s):
     """train a model"""
-    out, device, before = Path(s.out), pick_device(s.device), torch.get_float32_matmul_precision()
-    with contextlib.ExitStack() as stack:
-        rank, world = stack.enter_context(processes(device))
-        signals = stack.enter_context(interruptible())
-        with contextlib.suppress(OSError, AttributeError, TypeError):
-            # Linux's malloc keeps what is freed, instead of asking for it anew: 11 % faster
-            libc = ctypes.CDLL(None)
-            libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-            libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
-        if rank == 0:
-            stack.enter_context(locked(out))
-        if s.dtype == "auto":
-            # On a CPU "medium" lets oneDNN multiply instead of MKL: float32 all the same, except
-            # with AMX units, which take bfloat16, and faster. On a GPU "high" is TF32.
-            stack.callback(torch.set_float32_matmul_precision, before)
-            torch.set_float32_matmul_precision("medium" if device.type == "cpu" else "high")
-        held = (out / "ckpt.pt").exists() or (out / "best.pt").exists()
-        checkpoint = tokenizer = weights = None
-        if s.resume or held and RESTARTS != "0":
-            checkpoint = read_checkpoint(out / "ckpt.pt")
-            s, weights = resumed(s, checkpoint), checkpoint["model"]
-            tokenizer = tokenizer_from(checkpoint["tokenizer"])
-        elif held and not s.overwrite:
-            raise Error(f"{out} holds a run: --resume goes on with it, --out OTHER starts another "
-                        "beside it, --overwrite replaces it")
+    device, path = pick_device(s.device), Path(s.out) / "ckpt.pt"
+    if s.given.get("steps") and s.given.get("minutes"):
+        raise Error("steps and minutes: give one of them")
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)  # Linux's keeps what is freed, instead of asking for it anew: 11 %
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
+    if s.dtype == "auto":  # TF32 on a GPU; oneDNN on a CPU, float32 there too unless it has AMX
+        torch.set_float32_matmul_precision("medium" if device.type == "cpu" else "high")
+    with processes(device) as (rank, world), interruptible() as signals:
+        model = tokenizer = checkpoint = None
+        if s.resume:
+            checkpoint = read_checkpoint(path)
+            model, tokenizer = load_model(path)
+            length = {"steps": None, "minutes": None} if {"steps", "minutes"} & {*s.given} else {}
+            s = inherit(s, checkpoint["settings"] | length, MAY_CHANGE)
+        elif path.exists() and not s.overwrite:
+            raise Error(f"{s.out} holds a run: --resume goes on with it, --out OTHER starts "
+                        "another beside it, --overwrite replaces it")
         elif s.init:
             model, tokenizer = load_model(s.init)
-            s, weights = fine_tuned(s, model.config, tokenizer), model.state_dict()
-        run = Run(s, device, rank, world, signals)
-        run.prepare(tokenizer, weights)
-        if checkpoint:
-            run.restore(checkpoint)
-        if rank == 0:
-            run.clean_folder()
+            shape = {f.name: getattr(model.config, f.name) for f in fields(Config)}
+            s = inherit(s, shape | {"dropout": 0.0, "lr": s.lr / 10}, {"dropout", "lr"})
+        if rank:  # the first process tokenises; the others wait, and find it done
+            dist.barrier()
+        text = load_tokens(s.data, tokenizer or s.tokenizer, s.vocab_size)
+        if world > 1 and not rank:
+            dist.barrier()
+        fit_to_text(s, text, world)
+        torch.manual_seed(s.seed)
+        run = Run(s, model or GPT(s), text, device, rank, world, signals)
+        run.restore(checkpoint)
         return run.loop()
 
-def resumed(s, checkpoint):
-    """The settings of a run that goes on: its own, and what may change."""
-    settings, step = checkpoint["settings"], checkpoint["step"]
-    for name in s.given.keys() - MAY_CHANGE:
-        if s.given[name] != settings.get(name):
-            raise Error(f"resume: the run in {s.out} has {name} {settings.get(name)}, "
-                        f"not {quote(s.given[name])}")
-    if s.given.get("steps", step) < step:
-        raise Error(f"resume: the run in {s.out} is at step {step} already; steps must be more")
-    if s.given.keys() & {"steps", "minutes"}:
-        settings |= {"steps": None, "minutes": None}
-    return Training(**(settings | s.given))
+def inherit(s, settings, may_change):
+    """The settings of a model or a run, of which only some may have been given otherwise."""
+    for name in (s.given.keys() & settings.keys()) - may_change:
+        if s.given[name] != settings[name]:
+            raise Error(f"{name} is {settings[name]} there; it cannot be {s.given[name]!r:.100}")
+    return Training(**(asdict(s) | settings | s.given))
 
-def fine_tuned(s, config, tokenizer):
-    """The settings of a run that starts from the weights of another model: that model's shape."""
-    need_tokenizer(tokenizer, s.init)
-    shape = asdict(config) | {"dropout": s.given.get("dropout", 0.0)}
-    for name in s.given.keys() & shape.keys():
-        if s.given[name] != shape[name]:
-            raise Error(f"init {s.init} has {name} {shape[name]}, not {s.given[name]}")
-    return Training(**(asdict(s) | shape | {"lr": s.given.get("lr", s.lr / 10)}))
+def fit_to_text(s, text, world):
+    """Settle what depends on the text: the vocabulary, and how long a run is worth its while."""
+    V, N = len(text.tokenizer.tokens), len(split(text.ids)[0])
+    if s.vocab_size not in (0, V) and (s.vocab_size < V or s.tokenizer != "bpe"):
+        raise Error(f"vocab_size {s.vocab_size}: this tokenizer has {V} tokens")
+    if N <= s.block_size or len(text.ids) < 20:
+        raise Error(f"too little text: {N} tokens to train on, at least {s.block_size + 1} needed "
+                    f"by a block_size of {s.block_size}")
+    s.vocab_size = V
+    if not s.steps and s.minutes is None:
+        times = 16 if s.dropout else 5  # more than that it would learn the text by heart
+        enough = math.ceil(times * N / (s.batch_size * s.accum * world * s.block_size))
+        s.steps = min(STEPS.get(s.size, 20000), max(100, enough))
 
 class Run:
-    """A training run. `loop` says what it does; the methods before it make it ready."""
-    def __init__(self, s, device, rank, world, signals):
-        self.s, self.out, self.device = s, Path(s.out), device
-        self.rank, self.world, self.signals = rank, world, signals
-        self.started = self.saved_at = getattr(train, "started", None) or time.monotonic()
-        self.step, self.begun_at, self.looked, self.seconds_before = 0, 0, -1, 0.0
-        self.best, self.val_loss = math.inf, None
-        self.last = {"train_loss": None, "lr": 0.0, "grad_norm": None}
-        self.skipped = self.worse = self.warned = self.logged = self.busy = 0
-        self.looking = self.reserve = 0.0  # seconds of all looks, and of one and the end
-
-    def prepare(self, tokenizer, weights):
-        """Read the data and make the model, with the tokenizer and weights if they are given."""
-        s = self.s
-        self.read_data(tokenizer)
-        self.dtype, why = pick_dtype(s.dtype, self.device)
-        torch.manual_seed(s.seed)
-        self.model = build(Config.pick(asdict(s)))  # what is evaluated, looked into and saved
-        self.model.to(self.device, torch.float64 if self.dtype == torch.float64 else torch.float32)
-        if weights:
-            self.model.load_state_dict(weights)
+    """A training run. `loop` says what it does, the other methods how."""
+    def __init__(self, s, model, text, device, rank, world, signals):
+        self.s, self.out, self.text, self.tokenizer = s, Path(s.out), text, text.tokenizer
+        self.device, self.rank, self.world, self.signals = device, rank, world, signals
+        self.train_ids, self.val_ids = split(text.ids)
+        self.tokens_per_step = s.batch_size * s.accum * world * s.block_size
+        self.dtype = pick_dtype(s.dtype, device)
+        self.model = model.train()  # what is evaluated, looked into and saved
+        self.model.to(device, torch.float64 if self.dtype == torch.float64 else torch.float32)
         self.model.checkpoint_activations = s.checkpoint_activations
-        attention = choose_attention(self.model, s.attention, self.dtype, s.batch_size)
+        self.attention = choose_attention(model, s.attention, self.dtype, s.batch_size)
+        self.forward = self.model
         self.optimizers = make_optimizers(self.model, s)
         # float16 loses small gradients: the loss is multiplied before the backward pass
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.forward = self.model
-        if self.rank == 0:
-            nothing = f": knowing nothing is a loss of {math.log(s.vocab_size):.2f}"
-            say(f"{self.device}, {str(self.dtype)[6:]} ({why}), {attention}")
-            say(f"{count_parameters(self.model):,} parameters, {s.vocab_size:,} tokens in the "
-                f"vocabulary{'' if s.init else nothing}")
-        seconds = self.rehearse()
-        steps = s.steps or max(1, int(60 * s.minutes / seconds))
-        seen, most = steps * self.tokens_per_step, 1 << (15 if self.device.type == "cpu" else 18)
-        self.eval_tokens = max(self.T, min(seen // 600, most))
-        text, times = self.text, seen / len(self.train_ids)
-        if self.rank == 0:
-            files = f"{text.files} file" + ("s" if text.files > 1 else "")
-            say(f"{', '.join(s.data):.60}: {text.text_bytes / 1e6:,.2f} MB in {files}, "
-                f"{len(text.ids):,} tokens; training reads nine tenths, {times:.2g} times, "
-                f"in about {steps:,} steps")
-        if s.steps and steps * seconds > 600:
-            self.notice(f"a step takes about {seconds:.1f} s, this run {steps * seconds / 60:,.0f} "
-                        "minutes; --minutes M makes one that ends in time")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.step, self.best, self.val_loss, self.seconds_before = 0, math.inf, math.nan, 0.0
+        self.last = {"train_loss": None, "lr": 0.0, "grad_norm": None}
+        self.progress, self.skipped, self.looked_step, self.longest = 0.0, 0, -1, 0.0
+        self.began = vars(train).pop("started", None) or time.monotonic()  # the command, or now
+        self.looked = self.saved = self.began  # times
+        if s.compile == "on" or s.compile == "auto" and device.type == "cuda":
+            self.compile()
 
-    def read_data(self, tokenizer):
-        s = self.s
-        if self.rank:  # the first process tokenises; the others wait, and find it done
-            dist.barrier()
-        self.text = load_tokens(s.data, tokenizer or s.tokenizer, s.vocab_size)
-        if self.world > 1 and not self.rank:
-            dist.barrier()
-        self.tokenizer, V = self.text.tokenizer, len(self.text.tokenizer.tokens)
-        self.train_ids, self.val_ids = split(self.text.ids)
-        self.T = min(s.block_size, len(self.train_ids) - 1)
-        if s.vocab_size not in (0, V) and (tokenizer or s.tokenizer != "bpe"):
-            raise Error(f"vocab_size {s.vocab_size}: this tokenizer has {V} tokens")
-        if s.vocab_size > V:
-            self.notice(f"the text has no more pairs to join: the vocabulary ends at {V}")
-        if self.T < s.block_size:
-            self.notice(f"the text is short: the context shrinks to {self.T} tokens")
-        if len(self.val_ids) < 2:
-            self.notice("the text is too short to keep a tenth of it for validation")
-        s.vocab_size = V
-        s.block_size = s.block_size if tokenizer else self.T
-        self.tokens_per_step = s.batch_size * s.accum * self.world * self.T
-        if not s.steps and s.minutes is None:
-            times = 16 if s.dropout else 5  # more than that it would learn the text by heart
-            enough = math.ceil(times * len(self.train_ids) / self.tokens_per_step)
-            s.steps = min(STEPS.get(s.size, 20000), max(100, enough))
-
-    def rehearse(self):
-        """Passes forward and back that change nothing -> the seconds that a step will take. They
-        compile the model, if it is to be; where that fails, training does without."""
-        rows = get_batch(self.train_ids, self.T, (1, 1, self.s.batch_size), 0, 0, 0)
-        wanted, seconds = self.s.compile, 0
-        if wanted == "on" or wanted == "auto" and self.device.type == "cuda":
-            try:
-                self.forward = torch.compile(self.model)
-                self.backward(rows)
-            except Exception as e:  # a compiler may fail in any way
-                self.notice(f"torch.compile does not work here ({first_line(e)}); going on without")
-                self.forward = self.model
-        for _ in range(3):
-            begun = time.monotonic()
+    def compile(self):
+        """Compile the model, by a pass like those of training; where that fails, go on without."""
+        rows = get_batch(self.train_ids, self.s.block_size, (1, 1, self.s.batch_size), 0, 0, 0)
+        self.forward = torch.compile(self.model)
+        try:
             self.backward(rows)
-            self.model.zero_grad()
-            seconds = time.monotonic() - begun
-            if seconds > 20 or self.signals:
-                break
-        return seconds * self.s.accum
+        except Exception as e:  # a compiler may fail in any way
+            notice(f"torch.compile does not work here ({first_line(e)}); going on without")
+            self.forward = self.model
+        self.model.zero_grad()
 
     def restore(self, checkpoint):
-        """Put back what the checkpoint holds besides the weights."""
-        if checkpoint["data_fingerprint"] != self.text.fingerprint:
-            raise Error(f"resume: the run in {self.out} was trained on other data than "
-                        f"{', '.join(self.s.data):.100}")
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer"]):
-            optimizer.load_state_dict(state)
-        if checkpoint["scaler"] and self.scaler.is_enabled():  # a run in another precision has none
-            self.scaler.load_state_dict(checkpoint["scaler"])
-        for name in ("step", "looked", "best", "val_loss", "last"):
-            setattr(self, name, checkpoint[name])
-        self.seconds_before, self.logged = checkpoint["seconds"], self.step
-        self.begun_at = self.step
-
-    @functools.cached_property
-    def probe_ids(self):
-        """What the model is watched reading: `probe`, or a whole line that it does not train on."""
-        ids, room = read_prompt(self.s.probe or "", self.tokenizer)[1], min(40, self.T)
-        if not ids:
-            unseen = self.val_ids if len(self.val_ids) else self.train_ids
-            text = self.tokenizer.decode(unseen[:4000])
-            lines = [self.tokenizer.encode(line).tolist() for line in text.splitlines()[1:-1]]
-            ids = max(lines, key=lambda ids: len(ids) * (len(ids) <= room), default=[])
-        return torch.tensor((ids or self.tokenizer.first)[:room])
-
-    def clean_folder(self):
-        """Remove what an overwritten run has left, and what is beyond the step to go on from."""
-        for name in ("ckpt.pt", "best.pt") if self.looked < 0 and not self.step else ():
-            (self.out / name).unlink(missing_ok=True)
-        for path in (self.out / "log.jsonl", self.out / "probe.jsonl"):
-            lines = [json.dumps(line) + "\n" for line in read_lines(path)
-                     if line["step"] <= min(self.step, self.looked)]
-            if path.exists():
-                with atomic(path) as file:
-                    file.write("".join(lines).encode())
+        """Put back what a checkpoint holds besides the weights; say what will happen."""
+        s, text, model = self.s, self.text, self.model
+        if checkpoint:
+            if checkpoint["data_fingerprint"] != text.fingerprint:
+                raise Error(f"{', '.join(s.data):.100} is not the text of the run in {s.out}")
+            for optimizer, state in zip(self.optimizers, checkpoint["optimizer"]):
+                optimizer.load_state_dict(state)
+            if checkpoint["scaler"] and self.scaler.is_enabled():
+                self.scaler.load_state_dict(checkpoint["scaler"])
+            self.step = self.looked_step = checkpoint["step"]
+            self.best, self.val_loss = checkpoint["best"], checkpoint["val_loss"]
+            self.seconds_before = checkpoint["seconds"]
+        self.line = probe_line(s.probe, self.tokenizer, self.val_ids, s.block_size)
+        times = (s.steps or 0) * self.tokens_per_step / len(self.train_ids)
+        seen = f", {times:.2g} times in {s.steps:,} steps" if times else ""
+        say(f"{self.device}, {str(self.dtype)[6:]}, {self.attention}; {count_parameters(model):,} "
+            f"parameters, {s.vocab_size:,} tokens in the vocabulary\n{', '.join(s.data):.60}: "
+            f"{text.text_bytes / 1e6:,.2f} MB in {text.files} file{'s' * (text.files > 1)}, "
+            f"{len(text.ids):,} tokens, of which nine tenths train{seen}")
 
     def loop(self):
-        looks = math.inf
+        if self.rank == 0:
+            clean_folder(self.out, self.looked_step)
         while True:
-            progress, stop = self.agree()
-            done, before, looks = progress >= 1, looks, int(LOOKS * progress + 1e-9)
-            due = done or looks > before or self.step & (self.step - 1) == 0  # 0, 1, 2, 4, 8, ...
-            if self.s.eval_every:
-                due = done or self.step % self.s.eval_every == 0
-            elif self.s.minutes:  # of which a sixth at most is for looking
-                due = done or due and self.looking <= self.seconds() / 6
-            begun = time.monotonic()
-            if self.rank == 0 and due and self.looked < self.step:  # not yet, before it went on
-                self.look()
-            if self.rank == 0 and (due or stop or begun - self.saved_at > 300):
-                self.save("ckpt.pt", final=stop or done)
+            before, (self.progress, stop) = self.progress, self.agree()
+            done = self.progress >= 1
+            due = (done or self.due(before)) and self.looked_step < self.step
+            try:
+                if self.rank == 0 and due:
+                    self.look()
+                if self.rank == 0 and (due or stop or time.monotonic() - self.saved > 300):
+                    self.save("ckpt.pt")
+            except (Error, OSError) as e:  # a full disk, above all
+                if done or stop:
+                    raise
+                notice(f"{e}; training goes on")
             if done or stop:
                 return self.finish(stop)
-            self.looking += time.monotonic() - begun
-            self.reserve = max(self.reserve, 1.5 * (time.monotonic() - begun) + 0.3)
-            begun = time.monotonic()
-            self.train_step(progress)
-            self.busy += time.monotonic() - begun
+            self.train_step()
 
     def agree(self):
         """-> (share of the run that is behind us, signal or 0): the first process's word."""
-        left = 60 * (self.s.minutes or 0) - self.reserve
+        left = 60 * (self.s.minutes or 0) - 1.5 * self.longest
         progress = self.step / self.s.steps if self.s.steps else self.seconds() / max(1e-9, left)
         stop = self.signals[0] if self.signals else 0
         if self.world > 1:
-            both = torch.tensor([progress * (self.rank == 0), stop], dtype=torch.float64)
-            both = both.to(self.device)
+            both = torch.tensor([progress * (self.rank == 0), stop], device=self.device).double()
             dist.all_reduce(both, dist.ReduceOp.MAX)
-            progress, stop = both[0].item(), int(both[1])
-        return progress, stop
+            progress, stop = both.tolist()
+        return progress, int(stop)
 
-    def train_step(self, progress):
+    def due(self, before):
+        """Is it time to look? Where looks take long, they get a sixth of the minutes."""
+        if self.s.eval_every:
+            return self.step % self.s.eval_every == 0
+        if self.s.minutes and time.monotonic() - self.looked < 5 * self.longest:
+            return False
+        even = int(LOOKS * self.progress + 1e-9) > int(LOOKS * before + 1e-9)
+        return even or self.step & (self.step - 1) == 0  # 0, 1, 2, 4, 8, ...
+
+    def seconds(self):
+        return self.seconds_before + time.monotonic() - self.began
+
+    def train_step(self):
         """The gradient of the loss over batch_size x accum x processes windows, then a step. All
         chance in it comes from (seed, step, rank): a run that goes on repeats it exactly."""
-        s, rate = self.s, lr_share(self.step, progress, self.s.warmup)
-        for group in param_groups(self.optimizers):
+        s, rate = self.s, lr_share(self.step, self.progress, self.s.warmup)
+        for group in itertools.chain(*(optimizer.param_groups for optimizer in self.optimizers)):
             group["lr"] = group["peak"] * rate
         torch.manual_seed((s.seed + 7919 * self.step + 104_729 * self.rank) % 2 ** 64)  # dropout's
         shape = s.accum, self.world, s.batch_size
-        loss = self.backward(get_batch(self.train_ids, self.T, shape, self.rank, s.seed, self.step))
-        if self.signals and s.accum > 1 and self.world == 1:  # it may take long: done again later
-            return self.model.zero_grad()
+        windows = get_batch(self.train_ids, s.block_size, shape, self.rank, s.seed, self.step)
+        loss = self.backward(windows)
         if self.world > 1:
             for tensor in (loss, *(p.grad for p in self.model.parameters())):
                 dist.all_reduce(tensor.div_(self.world))
@@ -1252,11 +1025,9 @@ class Run:
         loss, norm = torch.stack((loss, norm.to(loss))).tolist()
         self.skipped = 0 if math.isfinite(loss + norm) else self.skipped + 1
         if self.skipped == 20:
-            raise Error("20 steps in a row had no finite loss and gradient: try a lower lr, a "
-                        "longer warmup or dtype float32; the checkpoint is from before", 1)
-        if self.skipped and not self.scaler.is_enabled():  # which finds its scale in this way
-            self.notice(f"step {self.step}: loss or gradient are not finite; the step is skipped")
-        for optimizer in self.optimizers if not self.skipped else ():
+            raise Failure("20 steps in a row had no finite loss and gradient: try a lower lr, a "
+                          "longer warmup or dtype float32; the checkpoint is from before")
+        for optimizer in self.optimizers if not self.skipped else ():  # both step, or neither
             optimizer.step()
         if self.scaler.is_enabled():
             self.scaler.update()
@@ -1268,95 +1039,72 @@ class Run:
         """Add up the gradient of the mean loss over windows (rows, T + 1) -> that loss."""
         total, passes = torch.zeros((), device=self.device), windows.split(self.s.batch_size)
         for rows in passes:
-            if self.signals and self.s.accum > 1 and self.world == 1:
-                break
             rows = rows.to(self.device)
             with precision(self.device, self.dtype):
                 loss = self.forward(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
-            loss = loss / len(passes)
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
+            self.scaler.scale(loss / len(passes)).backward()
+            total += loss.detach() / len(passes)
         return total
 
     def look(self):
-        """Evaluate, over windows that are always the same; log; let the model read its line."""
-        self.looked = self.step
-        if len(self.val_ids) > 1:
-            with precision(self.device, self.dtype):
-                self.val_loss, _ = estimate_loss(self.model, self.val_ids, limit=self.eval_tokens,
-                                                 batch_size=self.s.batch_size)
-            self.worse = self.worse + 1 if self.val_loss > 1.02 * self.best else 0
-            if self.step and self.val_loss < self.best:
-                self.best = self.val_loss
-                self.save("best.pt")
-            if self.worse == 3 and not self.warned:
-                self.warned = True
-                notice("the validation loss falls no more: the model begins to learn by heart. "
-                       f"best.pt keeps the best, {self.best:.4f}; more text, dropout or a smaller "
-                       "model would help, a longer run will not")
-        self.log()
-        if self.s.probe != "":
-            record_probe(self)
-
-    def log(self):
-        """A line of log.jsonl for programs, and one for people."""
-        tokens = (self.step - self.logged) * self.tokens_per_step
-        speed = round(tokens / self.busy) if tokens else None
-        self.logged, self.busy = self.step, 0.0
+        """Evaluate, over windows that are always the same; keep the best; log; read the line."""
+        begun, s, device = time.monotonic(), self.s, self.device
+        run_tokens = s.steps * self.tokens_per_step if s.steps else 1 << 22
+        limit = max(s.block_size, min(run_tokens // 600, 1 << (15 if device.type == "cpu" else 18)))
+        with precision(device, self.dtype):
+            self.val_loss, _ = estimate_loss(self.model, self.val_ids, None, s.batch_size, limit)
+        if self.step and self.val_loss < self.best:
+            self.best = self.val_loss
+            self.save("best.pt")
+        steps = self.step - max(0, self.looked_step)
+        speed = steps * self.tokens_per_step / (begun - self.looked)
         append_line(self.out / "log.jsonl", {
             "step": self.step, "tokens": self.step * self.tokens_per_step,
-            "seconds": round(self.seconds(), 3), **self.last, "val_loss": self.val_loss,
-            "tokens_per_second": speed, "memory_mb": memory_mb(self.device)})
-        text = f"step {self.step}"
-        if self.step:
-            text += f"  train {self.last['train_loss']:.4f}"
-        if self.val_loss is not None:
-            bits = self.val_loss / math.log(2) * len(self.text.ids) / self.text.text_bytes
-            text += f"  val {self.val_loss:.4f} ({bits:.3f} bits per byte)"
-        if speed:
-            left = 60 * (self.s.minutes or 0) - self.seconds()
-            if self.s.steps:
-                left = (self.s.steps - self.step) * self.tokens_per_step / speed
-            text += f"  {speed:,} tokens/s  {max(0, left) // 60:.0f}:{max(0, left) % 60:02.0f} left"
-        say(text)
+            "seconds": self.seconds(), **self.last, "val_loss": self.val_loss,
+            "tokens_per_second": speed, "memory_mb": torch.cuda.max_memory_allocated() / 1e6})
+        train_loss = f"train {self.last['train_loss']:.4f}  " if self.step else ""
+        bits = self.val_loss / math.log(2) * len(self.text.ids) / self.text.text_bytes
+        say(f"step {self.step}  {train_loss}val {self.val_loss:.4f} ({bits:.3f} bits per byte)  "
+            f"{speed:,.0f} tokens/s  {100 * min(1, self.progress):.0f} % in {self.seconds():.0f} s")
+        if s.probe != "":
+            record_probe(self)
+        self.looked, self.looked_step = time.monotonic(), self.step
+        self.longest = max(self.longest, self.looked - begun)
 
-    def seconds(self):
-        return self.seconds_before + time.monotonic() - self.started
-
-    def notice(self, text):
-        if self.rank == 0:
-            notice(text)
-
-    def save(self, name, final=False):
+    def save(self, name):
         """best.pt has what other commands need, ckpt.pt also what only training needs."""
         state = {"format": FORMAT, "model": self.model.state_dict(), "settings": asdict(self.s),
                  "tokenizer": self.tokenizer.state(), "step": self.step, "val_loss": self.val_loss,
                  "data_fingerprint": self.text.fingerprint}
         if name == "ckpt.pt":
-            self.saved_at = time.monotonic()
+            self.saved = time.monotonic()
             state |= {"optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
                       "scaler": self.scaler.state_dict(), "seconds": self.seconds(),
-                      "looked": self.looked, "best": self.best, "last": self.last}
-        try:
-            with atomic(self.out / name) as file:
-                torch.save(state, file)
-        except Error as e:
-            if final:
-                raise
-            notice(f"{e}; training goes on")
+                      "best": self.best}
+        with atomic(self.out / name) as file:
+            torch.save(state, file)
 
     def finish(self, stop):
         if self.world > 1:  # nobody leaves before the first process has saved
             dist.barrier()
-        if self.rank == 0 and stop:
-            again = shell("train", resume=True, out=self.out)
-            notice(f"stopped at step {self.step} and saved; to go on: {again}")
-        elif self.rank == 0 and self.begun_at == self.step > 0:
-            notice(f"this run is complete; --resume --steps N, with N above {self.step}, goes on")
-        elif self.rank == 0:
-            say(f"done, {self.seconds():.0f} seconds in all; now: {shell('sample', out=self.out)}")
+        if self.val_loss > 1.02 * self.best:
+            notice(f"best.pt keeps the lowest validation loss, {self.best:.4f}; after it the model "
+                   "learnt by heart: more text, dropout or a smaller model would help")
+        if stop:
+            notice(f"stopped at step {self.step} and saved; --resume --out {self.out} goes on")
+        else:
+            say(f"{self.out} is complete at step {self.step}, after {self.seconds():.0f} s")
         return {"step": self.step, **self.last, "val_loss": self.val_loss,
                 "seconds": self.seconds(), "signal": stop}
+
+def clean_folder(out, step):
+    """Remove what an overwritten run has left, and what is beyond the step to go on from."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("ckpt.pt", "best.pt") if step < 0 else ():
+        (out / name).unlink(missing_ok=True)
+    for path in (out / "log.jsonl", out / "probe.jsonl"):
+        kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
+        path.write_text("".join(kept), "utf-8")
 
 # --- Sampling ------------------------------------------------------------------------------------
 # Ask the model for the distribution of the next token, draw one from it, append it, and ask again.
@@ -1374,8 +1122,8 @@ class Sampling(Machine, Trained):
     tokens: int = setting(500, "tokens to generate")
     temperature: float = setting(0.8, "0 is greedy; 1 is the model's own distribution")
     top_k: int = setting(0, "sample among the k likeliest (0: all)")
-    top_p: float = setting(1.0, "sample among the likeliest that have this share together", high=1)
-    num: int = setting(1, "samples", 1, 10000)
+    top_p: float = setting(1.0, "sample among the likeliest that have this share together", 0, 1)
+    num: int = setting(1, "samples", 1)
     stop: str = setting("", "text to stop at; it is not printed")
     cache: bool = setting(True, "keep keys and values of earlier tokens (the KV cache)")
 
@@ -1384,13 +1132,12 @@ def sample_next(logits, s, generator):
     device draws the same from the same."""
     logits = logits.float().cpu()
     if not logits.amax(dim=-1).isfinite().all():
-        raise Error("the logits are not finite: trained too fast, or in too coarse a precision", 1)
+        raise Failure("the logits are not finite: trained too fast, or in too coarse a precision")
     if s.temperature < 1e-6:
         return logits.argmax(dim=-1)
-    logits = logits / s.temperature
+    logits, V = logits / s.temperature, logits.size(-1)
     if not s.top_k and s.top_p == 1:
         return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
-    V = logits.size(-1)
     logits, ids = logits.topk(min(s.top_k or V, V), dim=-1)  # likeliest first
     probs = logits.softmax(dim=-1)
     before = probs.cumsum(dim=-1) - probs
@@ -1398,14 +1145,14 @@ def sample_next(logits, s, generator):
     return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 
 @torch.inference_mode()
-def generate(model, idx, tokens, s):
-    """Continue idx (B, T) by up to `tokens` tokens, yielding each as ids (B,) on the CPU. When one
-    finds the context full, the newest block_size // 2 become the context, cache or not."""
-    generator = torch.Generator().manual_seed(s.seed)
+def generate(model, idx, s, generator=None):
+    """Continue idx (B, T) by s.tokens tokens, yielding each as ids (B,) on the CPU. When one finds
+    the context full, the newest block_size // 2 become the context, cache or not."""
+    generator = generator or torch.Generator().manual_seed(s.seed)
     block_size = model.config.block_size
     idx = new = idx[:, -block_size:]
     cache = KVCache(model, len(idx)) if s.cache else None
-    for _ in range(tokens):
+    for _ in range(s.tokens):
         logits = model(new if s.cache else idx, cache=cache, last=True)  # (B, 1, V)
         ids = sample_next(logits[:, -1], s, generator)
         yield ids
@@ -1429,60 +1176,39 @@ def stream_text(tokenizer, ids, stop=""):
         held = held[len(held) - begun:]
     yield held + decoder.decode(b"", final=True)
 
-def until_ended(rows, ends):
-    """Lists of one id a sample, until each sample has come to its end; then says how fast."""
-    begun, made, ended = time.monotonic(), 0, set()
-    try:
-        for row in rows:
-            row = row.tolist()
-            made += len(row)
-            ended |= {n for n, i in enumerate(row) if i in ends}
-            if len(ended) == len(row):
-                return
-            yield row
-    finally:
-        notice(f"{made / max(1e-9, time.monotonic() - begun):,.0f} tokens/s")
-
-@command(Sampling)
+@command(Sampling, "sample")
 def sample(s):
     """generate text from a trained model"""
-    model, tokenizer, _ = open_model(s, half=True)
-    prompt, ids = read_prompt(s.prompt, tokenizer)
+    model, tokenizer, device, _ = open_model(s, half=True)
+    if not s.init:
+        notice(f"{model.origin}; --init {s.out}/ckpt.pt is the last step")
+    prompt = read_prompt(s.prompt)
+    ids = tokenizer.encode(prompt, special=True).tolist()
     if len(ids) > model.config.block_size:
         notice(f"of the prompt's {len(ids)} tokens the model sees {model.config.block_size}")
-    device = next(model.parameters()).device
-    idx = torch.tensor(ids or tokenizer.first, device=device).expand(s.num, -1)
-    rows = until_ended(generate(model, idx, s.tokens, s), tokenizer.ends)
-    columns = [(row[0] for row in rows)] if s.num == 1 else list(zip(*rows)) or [()] * s.num
-    texts = []
-    for column in columns:
-        say(("---\n" if texts else "") + prompt, end="")
+    idx = torch.tensor([ids or tokenizer.first], device=device)
+    generator, texts = torch.Generator().manual_seed(s.seed), []
+    begun, pieces = time.monotonic(), 0
+    for n in range(s.num):
+        say("---\n" * (n > 0) + prompt, end="")
+        ids = (int(row) for row in generate(model, idx, s, generator))
+        ids = itertools.takewhile(lambda i: i not in tokenizer.ends, ids)
         texts.append(prompt)
-        column = itertools.takewhile(lambda i: i not in tokenizer.ends, column)
-        for piece in stream_text(tokenizer, column, s.stop):
+        for pieces, piece in enumerate(stream_text(tokenizer, ids, s.stop), pieces):
             say(piece, end="")
             texts[-1] += piece
         say("")
+    notice(f"{pieces / (time.monotonic() - begun):,.0f} tokens/s")
     return texts
 
-def read_prompt(prompt, tokenizer):
-    """A prompt as it is given -> (text, list of ids). What has no token is named and left out."""
+def read_prompt(prompt):
+    """The text that a prompt stands for."""
     if prompt == "-":
         prompt = sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n")  # echo's
     elif prompt.startswith("@") and not prompt.startswith("@@"):
-        try:
-            prompt = Path(prompt[1:]).expanduser().read_text("utf-8-sig").removesuffix("\n")
-        except (OSError, UnicodeDecodeError) as e:
-            why = getattr(e, "strerror", None) or "not UTF-8 text"
-            raise Error(f"prompt {quote(prompt)}: {why}") from None
-    else:
-        prompt = prompt.removeprefix("@")
-    prompt = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    if unknown := tokenizer.unknown(prompt):
-        shown = " ".join(map(repr, unknown))
-        notice(f"left out of the prompt, for the model has never seen them: {shown:.100}")
-        prompt = "".join(c for c in prompt if c not in unknown)
-    return prompt, tokenizer.encode(prompt, special=True).tolist()
+        path = Path(prompt[1:]).expanduser()
+        prompt = path.read_bytes().decode("utf-8-sig", "replace").removesuffix("\n")
+    return whole_characters(prompt.removeprefix("@"))
 
 @dataclass
 class Evaluation(Machine, Trained):
@@ -1495,16 +1221,13 @@ class Evaluation(Machine, Trained):
 @command(Evaluation, "eval")
 def evaluate(s):
     """measure a model's loss on a text"""
-    model, tokenizer, context = open_model(s)
+    model, tokenizer, device, dtype = open_model(s)
     if s.init and not s.data:
         raise Error("eval with init needs data")
     ids = load_tokens(s.data, tokenizer).ids if s.data else split(run_data(s.out, tokenizer))[1]
-    if len(ids) < 2:
-        raise Error("fewer than two tokens to evaluate on")
-    with context:
+    with precision(device, dtype):
         loss, counted = estimate_loss(model, ids, s.stride, s.batch_size)
-    lengths = [0 if i == tokenizer.eot else len(token) for i, token in enumerate(tokenizer.tokens)]
-    lengths = torch.tensor(lengths)
+    lengths = torch.tensor([len(t) * (i != tokenizer.eot) for i, t in enumerate(tokenizer.tokens)])
     text_bytes = sum(int(lengths[part.long()].sum()) for part in ids[1:].split(1 << 20))
     result = {"loss": loss, "perplexity": math.exp(min(loss, 700)),
               "bits_per_byte": loss * counted / math.log(2) / max(1, text_bytes), "tokens": counted,
@@ -1522,6 +1245,7 @@ FORMAT = 2
 @contextlib.contextmanager
 def atomic(path):
     """A binary file that is there whole or not at all: it gets its name when it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1531,7 +1255,7 @@ def atomic(path):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # RuntimeError is torch's for a full disk
         why = getattr(e, "strerror", None) or first_line(e)
-        raise Error(f"{path} cannot be written: {why}", 1) from None
+        raise Failure(f"{path} cannot be written: {why}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1543,8 +1267,8 @@ def read_checkpoint(path):
                 raise ValueError
         checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
         written = checkpoint["format"]
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as e:
-        raise Error(f"{path}: {e.strerror}") from None
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
     except Exception:  # a damaged file may fail in any way
         raise Error(f"{path}: not a checkpoint of gpt.py, or damaged") from None
     if written != FORMAT:
@@ -1556,59 +1280,48 @@ def find_run(out):
     for path in (Path(out) / "best.pt", Path(out) / "ckpt.pt"):
         if path.exists():
             return path
-    raise Error(f"{out}: there is no run in this folder; this makes one: {shell('train', out=out)}")
+    raise Error(f"{out}: there is no run in this folder; `train` makes one")
 
-def load_model(source, device="cpu"):
+def load_model(source):
     """Open whatever `init` may name -> (model, tokenizer)."""
     path = Path(source).expanduser()
     if source in GPT2_SIZES or (path / "config.json").is_file():
-        model, tokenizer = load_folder(source)
-        return model.eval().to(device), tokenizer
+        return load_folder(source)
     path = find_run(path) if path.is_dir() else path
     checkpoint = read_checkpoint(path)
     try:
-        model = build(Config.pick(checkpoint["settings"]))
+        model = GPT(Training(**checkpoint["settings"]))
         model.load_state_dict(checkpoint["model"])
         tokenizer = tokenizer_from(checkpoint["tokenizer"])
     except (KeyError, TypeError, AttributeError, RuntimeError) as e:
         raise Error(f"{path}: the parts of it do not fit together ({first_line(e)})") from None
-    last = path.with_name("ckpt.pt")
-    if path.name == "best.pt" and last.exists():
-        notice(f"{path} is of step {checkpoint['step']}, validation loss "
-               f"{checkpoint['val_loss']:.4f}; --init {last} is the last step")
-    return model.eval().to(device), tokenizer
+    model.origin = f"{path}: step {checkpoint['step']}, loss {checkpoint['val_loss']:.4f}"
+    return model.eval(), tokenizer
 
 def open_model(s, half=False):
-    """The model that `init` or `out` names -> (model on its device, tokenizer, precision to call it
-    in). If `half`, its weights are in half precision: sampling, which waits for them, is faster."""
+    """The model that `init` or `out` names -> (model, tokenizer, device, precision to call it in).
+    If `half`, its weights are in half precision: sampling, which waits for them, is faster."""
     device = pick_device(s.device)
+    dtype = pick_dtype(s.dtype, device)
     model, tokenizer = load_model(s.init or find_run(s.out))
-    need_tokenizer(tokenizer, s.init)
-    dtype, _ = pick_dtype(s.dtype, device)
-    model.to(device, dtype if half or dtype == torch.float64 else torch.float32)
-    choose_attention(model, s.attention, dtype, sampling=half)
-    return model, tokenizer, precision(device, dtype)
-
-def need_tokenizer(tokenizer, name):
     if tokenizer is None:
-        raise Error(f"{name}: there is no tokenizer in it that gpt.py can read")
+        raise Error(f"{s.init}: there is no tokenizer in it that gpt.py can read")
+    model.to(device, dtype if half or dtype == torch.float64 else torch.float32)
+    choose_attention(model, s.attention, dtype)
+    return model, tokenizer, device, dtype
 
 def run_data(out, tokenizer):
     """The ids (N,) that a run was trained on, if they are still the same."""
-    checkpoint = read_checkpoint(find_run(out))
-    data = checkpoint["settings"]["data"]
-    tokens = load_tokens(data, tokenizer)
-    if tokens.fingerprint != checkpoint["data_fingerprint"]:
-        raise Error(f"{', '.join(data):.100} has changed since {out} was trained on it")
+    run = read_checkpoint(find_run(out))
+    tokens = load_tokens(run["settings"]["data"], tokenizer)
+    if tokens.fingerprint != run["data_fingerprint"]:
+        raise Error(f"{', '.join(run['settings']['data']):.100} has changed since the training")
     return tokens.ids
 
 def append_line(path, line):
     line = json.loads(json.dumps(line), parse_constant=lambda name: None)  # JSON has no NaN
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-    except OSError as e:
-        notice(f"{path}: {e.strerror}; training goes on")
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 def read_lines(path):
     """The objects in a .jsonl file; a line half written when its process died does not count."""
@@ -1618,38 +1331,6 @@ def read_lines(path):
             lines.append(json.loads(line))
     return lines
 
-@contextlib.contextmanager
-def locked(folder):
-    """Hold a folder for this process. The operating system lets go of it however a process dies."""
-    new = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w", encoding="utf-8")
-    except OSError as e:
-        raise Error(f"out {folder}: {e.strerror}") from None
-    with file:
-        try:
-            with contextlib.suppress(ImportError):  # Windows: not locked
-                import fcntl
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise Error(f"out {folder}: another run is writing there") from None
-        try:
-            yield
-        finally:
-            if new and os.listdir(folder) == [".lock"]:  # a request that was refused leaves nothing
-                (folder / ".lock").unlink()
-                folder.rmdir()
-
-def memory_mb(device):
-    """The most memory that was in use, of the GPU or else of the process; None on Windows."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 1e6)
-    with contextlib.suppress(ImportError):
-        import resource
-        unit = 1e6 if sys.platform == "darwin" else 1e3
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
-
 # --- Looking inside ------------------------------------------------------------------------------
 # What the model would say next, layer by layer; where its heads look, and what each is worth; when
 # it begins to recite what it has read.
@@ -1658,58 +1339,48 @@ def memory_mb(device):
 def logit_lens(model, idx):
     """Ids (T,) -> the next token's probabilities as each layer has them, (n_layer + 1, T, V), from
     the bare embedding on: the head reads a stream that is not finished."""
-    streams, hooks = [], []
-    for part in (model.dropout, *model.blocks) if model.config.n_layer else ():
-        hooks.append(part.register_forward_hook(lambda part, given, x: streams.append(x)))
-    try:
-        logits = model(idx[None])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    views = [model.head(model.norm(x)) for x in streams] or [logits]
-    return torch.cat(views).float().cpu().softmax(dim=-1)
+    streams, parts = [], (model.dropout, *model.blocks)
+    hooks = [part.register_forward_hook(lambda *given: streams.append(given[-1])) for part in parts]
+    model(idx[None])
+    for hook in hooks:
+        hook.remove()
+    return torch.cat([model.head(model.norm(x)) for x in streams]).float().cpu().softmax(dim=-1)
 
 @torch.no_grad()
 def attention_maps(model, idx):
     """Ids (T,) -> where each token's attention goes, (n_layer, H, T, T). It is the model's own:
     what `attention` makes of each block's q and k, with the identity in the place of v."""
-    maps, blocks = [], getattr(model, "blocks", ())
-    attends = [block.attn.attend for block in blocks]
+    maps, attends = [], [block.attn.attend for block in model.blocks]
 
-    def recording(attend, q, k, v):
+    def record(q, k, v):
         identity = torch.eye(len(idx), dtype=v.dtype, device=v.device)[None, :, None]
         probs = attention(q, k, identity.expand(-1, -1, k.size(2), -1))  # (1, T, H, T)
         maps.append(probs[0].transpose(0, 1).float().cpu())
-        return attend(q, k, v)
+        return attention(q, k, v)
 
-    try:
-        for block, attend in zip(blocks, attends):
-            block.attn.attend = functools.partial(recording, attend)
-        model(idx[None])
-    finally:
-        for block, attend in zip(blocks, attends):
-            block.attn.attend = attend
+    for block in model.blocks:
+        block.attn.attend = record
+    model(idx[None])
+    for block, attend in zip(model.blocks, attends):
+        block.attn.attend = attend
     return torch.stack(maps) if maps else torch.zeros(0, 0, len(idx), len(idx))
-
-def shown_layers(config):
-    """Layers whose maps are kept: evenly spread, with about 36 heads between them."""
-    count = min(config.n_layer, 36 // config.n_head + 1)
-    return torch.linspace(0, config.n_layer - 1, count).long()
 
 def look_at(model, tokenizer, idx):
     """What the model makes of ids (T,), as plain values for the page."""
     probs, maps, T = logit_lens(model, idx), attention_maps(model, idx), len(idx)
-    maps = maps[shown_layers(model.config)][..., torch.ones(T, T).tril().bool()]
-    words = [tokenizer.tokens[i].decode("utf-8", "backslashreplace") for i in idx.tolist()]
-    true = probs[-1, :-1].gather(-1, idx[1:, None].cpu())[:, 0]
+    maps = maps[..., torch.ones(T, T).tril().bool()]
+    losses = -probs[-1, :-1].gather(-1, idx[1:, None].cpu()).log()[:, 0]
 
-    def likeliest(row, n):
-        return [[tokenizer.tokens[i].decode("utf-8", "backslashreplace"), round(p, 3)]
-                for p, i in zip(*map(torch.Tensor.tolist, row.topk(min(n, len(row)))))]
+    def word(i):
+        return tokenizer.tokens[i].decode("utf-8", "backslashreplace")
 
-    return {"text": words, "loss": [round(x, 3) for x in (-true.log()).tolist()],
-            "top": [likeliest(row, 5) for row in probs[-1]],
-            "lens": [[likeliest(row, 1)[0] for row in layer] for layer in probs],
+    def likeliest(row):
+        top = row.topk(min(5, len(row)))
+        return [[word(i), round(p, 3)] for i, p in zip(top.indices.tolist(), top.values.tolist())]
+
+    return {"text": [word(i) for i in idx.tolist()], "loss": [round(x, 3) for x in losses.tolist()],
+            "top": [likeliest(row) for row in probs[-1]],
+            "lens": [[likeliest(row)[0] for row in layer] for layer in probs],
             # a character from 0 to o for each 64th of attention, row by row up to the diagonal
             "maps": bytes((maps * 63 + 48).round().byte().flatten().tolist()).decode()}
 
@@ -1724,46 +1395,44 @@ def copied(text, source):
         lengths.append(n)
     return lengths
 
+def probe_line(probe, tokenizer, unseen, block_size):
+    """The ids of what a model is watched reading: `probe`, or a whole line of the unseen text."""
+    room = min(40, block_size)
+    if probe:
+        return tokenizer.encode(read_prompt(probe)).long()[:room]
+    lines = map(tokenizer.encode, tokenizer.decode(unseen[:4000]).splitlines()[1:-1])
+    return max((ids for ids in lines if len(ids) <= room), key=len, default=unseen[:room]).long()
+
 def record_probe(run):
     """Add to probe.jsonl what the model makes of its line at this step, and what it writes."""
-    model, tokenizer, idx = run.model.eval(), run.tokenizer, run.probe_ids.to(run.device)
+    model, tokenizer, idx = run.model.eval(), run.tokenizer, run.line.to(run.device)
     record = {"step": run.step, "samples": []}
     with contextlib.suppress(Error), precision(run.device, run.dtype):  # logits not finite: no text
         record |= look_at(model, tokenizer, idx)
         first = torch.tensor([tokenizer.first] * 3, device=run.device)
         for start, n, temperature in ((idx[None, :8], 12, 0.0), (first, 40, 0.8)):
-            s = Sampling(temperature=temperature, seed=run.s.seed)
-            rows = torch.stack(list(generate(model, start, n, s)), dim=1)
+            s = Sampling(tokens=n, temperature=temperature, seed=run.s.seed)
+            rows = torch.stack(list(generate(model, start, s)), dim=1)
             record["samples"] += [tokenizer.decode(row) for row in rows]
     model.train()
     append_line(run.out / "probe.jsonl", record)
 
-@contextlib.contextmanager
-def zeroed(*tensors):
-    kept = [tensor.clone() for tensor in tensors]
-    for tensor in tensors:
-        tensor.zero_()
-    try:
-        yield
-    finally:
-        for tensor, values in zip(tensors, kept):
-            tensor.copy_(values)
-
 @torch.no_grad()
 def head_importance(model, ids):
     """How much the loss on a text (N,) rises without a head, that is with its columns of the output
-    projection at zero, n_layer lists of H; and without a block, n_layer."""
-    D, limit = model.config.head_dim, min(1 << 15, (1 << 34) // count_parameters(model))
+    projection at zero: n_layer lists of H."""
+    limit = min(1 << 15, (1 << 34) // count_parameters(model))
     base, _ = estimate_loss(model, ids, limit=limit)
 
-    def rise(*tensors):
-        with zeroed(*tensors):
-            return round(estimate_loss(model, ids, limit=limit)[0] - base, 4)
+    def worth(columns):
+        kept = columns.clone()
+        columns.zero_()
+        loss, _ = estimate_loss(model, ids, limit=limit)
+        columns.copy_(kept)
+        return round(loss - base, 4)
 
-    heads = [[rise(columns) for columns in block.attn.out.weight.split(D, dim=1)]
-             for block in model.blocks]
-    return heads, [rise(*block.attn.out.parameters(), *block.mlp.down.parameters())
-                   for block in model.blocks]
+    outputs = [block.attn.out.weight.split(model.config.head_dim, dim=1) for block in model.blocks]
+    return [[worth(columns) for columns in heads] for heads in outputs]
 
 def bigram_loss(train, val, V):
     """The loss on `val` of counting what follows what in `train`, a tenth added to each count."""
@@ -1776,58 +1445,49 @@ class Inspection(Machine, Trained):
     """At what to look."""
     probe: str = setting("", "look at this text, in the best model alone")
 
-@command(Inspection)
+@command(Inspection, "inspect")
 def inspect(s):
     """write a page that shows what a model has learnt, and how"""
-    (model, tokenizer, context), out, log, records = open_model(s), Path(s.out), [], []
-    config, V, train, val = model.config, len(tokenizer.tokens), torch.zeros(0), torch.zeros(0)
+    model, tokenizer, device, dtype = open_model(s)
+    out, config, V, log, records = Path(s.out), model.config, len(tokenizer.tokens), [], []
+    title = f"Inside {s.init or out}: {config.n_layer} layers, {config.n_head} heads, "
+    title += f"{config.n_embd} wide"
+    about = f"{count_parameters(model):,} parameters, {V:,} tokens in the vocabulary"
+    levels, heads, train, val = {"ln(V)": math.log(V)}, [], torch.zeros(0), torch.zeros(0)
     if not s.init:
-        log = read_lines(out / "log.jsonl")
-        records = [] if s.probe else read_lines(out / "probe.jsonl")
+        title += f", validation loss {read_checkpoint(find_run(out))['val_loss']:.3f}"
+        about += f"; learnt {', '.join(config.data)}"
+        log, records = read_lines(out / "log.jsonl"), read_lines(out / "probe.jsonl")
         try:
             train, val = split(run_data(out, tokenizer))
         except Error as e:
             notice(f"{e}; the page goes without what needs the text")
-    if not records:
-        ids = torch.tensor(read_prompt(s.probe, tokenizer)[1]) if s.probe else val
-        ids = ids[:min(40, config.block_size)].long()
+    if s.probe or not records:
+        ids = probe_line(s.probe, tokenizer, val, config.block_size).to(device)
         if len(ids) < 2:
-            raise Error("inspect: there is no record and no text to look at; name one with probe")
-        ids = ids.to(next(model.parameters()).device)
+            raise Error("inspect: there is no text to look at; name a text with probe")
         records = [{"step": 0, "samples": [], **look_at(model, tokenizer, ids)}]
     sources = [tokenizer.decode(ids[:1 << 22]) for ids in (train, val)]
     for record in records:
         runs = [[copied(text, source) for text in record["samples"]] for source in sources]
         record["longest"] = [max(map(max, lengths), default=0) for lengths in runs]
         record["samples"] = list(zip(record["samples"], runs[0]))
-    heads, layers, levels = [], [], {"ln(V)": math.log(V)}
-    if config.n_layer and len(val) > 16:
+    if len(val) > 1:
         notice(f"measuring what {config.n_layer * config.n_head} heads are worth")
-        with context:
-            heads, layers = head_importance(model, val)
-    if len(val) > 1 and V <= 4096:
-        levels["bigram"] = bigram_loss(train, val, V)
-    shape = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide"
-    title = f"{s.init or out}: {shape}"
-    about = f"{count_parameters(model):,} parameters, {V:,} tokens in the vocabulary"
-    if not s.init:
-        run = read_checkpoint(find_run(out))
-        about += f"; learnt {', '.join(run['settings']['data'])}"
-        title += f", validation loss {run['val_loss']:.3f}" if run["val_loss"] else ""
-    data = json.dumps({
-        "about": about, "log": log, "levels": levels, "records": records, "heads": heads,
-        "layers": layers, "n_head": config.n_head, "shown": shown_layers(config).tolist()})
-    page = PAGE.replace("TITLE", html.escape(title))
-    page = page.replace("DATA", data.replace("<", "\\u003c"), 1)
-    path = out / f"inspect{'-init' if s.init else '-probe' if s.probe else ''}.html"
-    out.mkdir(parents=True, exist_ok=True)
-    with atomic(path) as file:
+        with precision(device, dtype):
+            heads = head_importance(model, val)
+        levels |= {"bigram": bigram_loss(train, val, V)} if V <= 4096 else {}
+    data = json.dumps({"log": log, "levels": levels, "records": records, "heads": heads,
+                       "n_head": config.n_head}).replace("<", "\\u003c")
+    page = PAGE.replace("TITLE", html.escape(title)).replace("ABOUT", html.escape(about))
+    page = page.replace("= DATA,", f"= {data},", 1)
+    with atomic(out / "inspect.html") as file:
         file.write(page.encode())
-    say(path)
+    say(out / "inspect.html")
     if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
         from IPython.display import HTML, display
         display(HTML(f'<iframe srcdoc="{html.escape(page)}" width="100%" height="900"></iframe>'))
-    return path
+    return out / "inspect.html"
 
 @dataclass
 class Ablation(Training):
@@ -1835,116 +1495,71 @@ class Ablation(Training):
     vary: list = setting((), "n_head=1,2,4; 'n_head=1,2 n_layer=2,4' makes all four pairs")
     seeds: int = setting(1, "runs of each setting, with the seeds that follow seed", 1)
 
-@command(Ablation)
+@command(Ablation, "ablate")
 def ablate(s):
     """train a model in several settings, and compare"""
-    out = Path(s.given.get("out", "out-ablate"))
-    given = {name: s.given[name] for name in s.given.keys() - {"vary", "seeds", "out"}}
-    if refused := {"resume", "overwrite"} & given.keys():
-        raise Error(f"ablate goes on by itself where it was: leave {refused.pop()} out")
-    sweeps = [plans_of(words) for words in s.vary]
-    if not sweeps:
-        raise Error("ablate: vary takes a setting and its values, as in --vary n_head=1,2,4")
-    for plan in itertools.chain(*sweeps):  # what cannot work is found before an hour has passed
-        Training.from_given(given | Training.check(plan))
+    base = {name: value for name, value in s.given.items() if name not in ("vary", "seeds", "out")}
+    out, seeds, plans = Path(s.given.get("out", "out-ablate")), range(s.seed, s.seed + s.seeds), {}
+    for sweep in s.vary:
+        axes = [word.replace("-", "_").partition("=") for word in sweep.split()]
+        for values in itertools.product(*(values.split(",") for _, _, values in axes)):
+            plan = {name: value for (name, _, _), value in zip(axes, values)}
+            Training.make(base | plan)  # what cannot work is found before an hour has passed
+            plans[" ".join(f"{name}={value}" for name, value in plan.items())] = base | plan
     path = out / "ablate.json"
-    done = read_json(path) if path.exists() else {"base": given, "rows": []}
-    if done["base"] != given:
-        raise Error(f"{path} has other settings, {quote(done['base'])}; name another out")
-    plans = {plan_name(plan): plan for plan in itertools.chain(*sweeps)}  # each once
-    todo = list(itertools.product(plans, range(s.seed, s.seed + s.seeds)))
-    for i, (name, seed) in enumerate(todo):
-        if any((row["setting"], row["seed"]) == (name, seed) for row in done["rows"]):
-            continue
+    done = json.loads(path.read_text("utf-8")) if path.exists() else {"base": base, "runs": {}}
+    if done["base"] != base:
+        raise Error(f"{path} is of other settings, {done['base']!r:.100}; name another out")
+    for seed, (name, plan) in itertools.product(seeds, plans.items()):
         folder = out / f"{name} seed={seed}"
-        notice(f"run {i + 1} of {len(todo)}: {folder.name}")
-        settings = given | plans[name] | {"seed": seed, "overwrite": True}
-        settings = {"resume": True} if (folder / "ckpt.pt").exists() else settings
+        if folder.name in done["runs"]:
+            continue
+        notice(f"training {folder.name}")
+        how = {"resume": True} if (folder / "ckpt.pt").exists() else plan | {"seed": seed}
         with contextlib.redirect_stdout(io.StringIO()):
-            last = train(**settings, out=str(folder))
+            last = train(**how | {"out": str(folder)})
             if last["signal"]:
-                notice("the same command goes on with it, and with the runs after it")
-                return {"signal": last["signal"]}
+                return last
             loss = evaluate(out=str(folder), device=s.device)["loss"]
-        parameters = count_parameters(load_model(folder)[0])
-        done["rows"].append({"setting": name, "seed": seed, "parameters": parameters, "loss": loss,
-                             "steps": last["step"], "seconds": round(last["seconds"], 1)})
-        out.mkdir(parents=True, exist_ok=True)
+        done["runs"][folder.name] = [count_parameters(load_model(folder)[0]), loss, last["seconds"]]
         with atomic(path) as file:
             file.write(json.dumps(done, indent=1).encode())
-        notice(f"loss {loss:.4f} after {last['seconds']:.0f} s")
-    print_table(sweeps, done["rows"])
+    say("| setting | parameters | loss | seconds |\n| --- | --- | --- | --- |")
+    for name in plans:
+        runs = torch.tensor([done["runs"][f"{name} seed={seed}"] for seed in seeds]).double()
+        parameters, loss, seconds = runs.mean(dim=0).tolist()
+        spread = f" ± {runs[:, 1].std():.4f}" if s.seeds > 1 else ""
+        say(f"| {name} | {parameters:,.0f} | {loss:.4f}{spread} | {seconds:.0f} |")
     return done
-
-def plans_of(words):
-    """`n_head=1,2 n_layer=2,4` -> the four dicts of settings."""
-    axes = []
-    for word in words.split():
-        name, _, values = word.partition("=")
-        name = name.replace("-", "_")
-        if not values or name in ("seed", "out", "resume", "overwrite"):
-            raise Error(f"ablate: {quote(word)} cannot vary; vary takes it as in n_head=1,2,4")
-        axes.append([(name, value) for value in values.split(",")])
-    return [dict(plan) for plan in itertools.product(*axes)]
-
-def plan_name(plan):
-    return " ".join(f"{name}={value}" for name, value in plan.items())
-
-def print_table(sweeps, rows):
-    say("| setting | parameters | loss | improvement over the first of its sweep | seconds |")
-    say("| --- | --- | --- | --- | --- |")
-    for plans in sweeps:
-        first = None
-        for name in dict.fromkeys(map(plan_name, plans)):
-            same = [row for row in rows if row["setting"] == name]
-            loss = torch.tensor([row["loss"] for row in same], dtype=torch.float64)
-            seconds = sum(row["seconds"] for row in same) / len(same)
-            first = loss.mean() if first is None else first
-            spread = f" ± {loss.std():.4f}" if len(same) > 1 else ""
-            say(f"| {name} | {same[0]['parameters']:,} | {loss.mean():.4f}{spread} | "
-                f"{first - loss.mean():.4f} | {seconds:.0f} |")
 
 PAGE = r"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>TITLE</title>
 <style>
-:root { color-scheme: light dark; --ink: light-dark(#222, #ddd); --soft: light-dark(#666, #999);
-  --back: light-dark(#fff, #16181c); --line: light-dark(#ddd, #383c44);
-  --a: light-dark(#0b62c4, #5aa9ff); --b: light-dark(#b4540a, #ffa04d) }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back);
-  max-width: 64rem; margin: auto; padding: 0 1rem 4rem }
-h1 { font-size: 1.3rem } h2 { margin: 2rem 0 .2rem; font-size: 1.1rem }
-p, small, figcaption { color: var(--soft); margin: .2rem 0 .6rem }
-header { position: sticky; top: 0; background: var(--back); padding: .5rem 0; z-index: 1;
-  border-bottom: 1px solid var(--line) }
-header div { display: flex; gap: .6rem } input { flex: 1; accent-color: var(--a) }
-button { font: inherit; color: inherit; background: none; border: 1px solid var(--line) }
-#line { font: 1.15rem/2.1 ui-monospace, monospace }
-#line button, #heads button { padding: .1rem .12rem; border-color: transparent; cursor: pointer;
-  border-bottom: 3px solid color-mix(in srgb, var(--a) calc(var(--w, 0) * 1%), transparent);
+:root { color-scheme: light dark; --soft: light-dark(#666, #999);
+  --a: light-dark(#0b62c4, #5aa9ff); --b: light-dark(#c4500a, #ffa04d) }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: auto; padding: 0 1rem 4rem }
+h1 { font-size: 1.3rem } p, small, figcaption { color: var(--soft); margin: .2rem 0 .6rem }
+header { position: sticky; top: 0; background: canvas; z-index: 1 } input { width: 80% }
+.row { display: flex; flex-wrap: wrap; gap: .6rem 2rem } figure, pre { flex: 1 1 18rem; margin: 0 }
+button { font: inherit; color: inherit; border: 0; padding: .1rem .12rem;
+  border-bottom: 4px solid color-mix(in srgb, var(--a) calc(var(--w, 0) * 1%), transparent);
   background: color-mix(in srgb, var(--b) calc(var(--p, 0) * 1%), transparent) }
-#line button[aria-pressed=true], #heads button[aria-pressed=true] { outline: 2px solid var(--ink) }
-.row { display: flex; flex-wrap: wrap; gap: 1rem 2rem } figure { margin: 0; flex: 1 1 20rem }
-table { border-collapse: collapse; font: 13px/1.6 ui-monospace, monospace }
-td, th { padding: 0 .5rem; text-align: start; white-space: pre }
-td { background: linear-gradient(to right, color-mix(in srgb, var(--a) 35%, transparent)
-  calc(var(--p, 0) * 1%), transparent 0) } .true { font-weight: bold; text-decoration: underline }
-#heads { overflow-x: auto } #heads td { background: none; text-align: center; vertical-align: top }
-canvas { width: 6rem; height: 6rem; image-rendering: pixelated; border: 1px solid var(--line) }
-#heads small { display: block; font: 11px/1.3 system-ui; white-space: normal; width: 6rem }
-pre { white-space: pre-wrap; border-inline-start: 3px solid var(--line); padding: 0 .8rem;
-  flex: 1 1 18rem }
+[aria-pressed=true] { outline: 2px solid; outline-offset: -2px }
+#heads { overflow-x: auto; white-space: nowrap } #heads button { width: 8.5rem }
+#line { font: 1.1rem/2 ui-monospace, monospace } pre { white-space: pre-wrap }
+td, th { font: .8rem/1.6 ui-monospace, monospace; padding: 0 .5rem; white-space: pre }
+canvas { width: 6rem; height: 6rem; image-rendering: pixelated; border: 1px solid var(--soft) }
 mark { background: color-mix(in srgb, var(--b) 40%, transparent); color: inherit }
 svg text { fill: var(--soft); font-size: 11px } path { fill: none; stroke-width: 2 }
 </style>
-<h1>TITLE</h1><p id="about"></p>
-<header><div><button id="play" aria-label="play">▶</button><input id="at" type="range" min="0"
-aria-label="training step"></div><output id="now"></output></header>
+<h1>TITLE</h1><p>ABOUT</p>
+<header><button id="play">▶</button> <input id="at" type="range" min="0" aria-label="step"><br>
+<output id="now"></output></header>
 <h2>The line that the model reads</h2>
-<p>A line of the validation text, which it never trains on. The redder a token, the more it cost:
-its loss, in nats. Choose one, by pointer or arrow keys, to see what the model expects after it.</p>
-<div id="line" dir="auto"></div>
-<p id="chosen" aria-live="polite"></p>
+<p>A line of the validation text, which it never trains on. The redder a token, the more it cost
+itself: its loss, in nats. Choose one, by pointer or arrow keys, to see what it expects next.</p>
+<div id="line" dir="auto"></div><p id="chosen" aria-live="polite"></p>
 <div class="row"><div><small>Likeliest next tokens</small><table id="next"></table></div>
 <div><small>The likeliest, if it had to answer after so many blocks (the logit lens)</small>
 <table id="lens"></table></div></div>
@@ -1954,182 +1569,126 @@ underlined where the chosen token looks. A head has a name when 0.4 of its atten
 token on, goes to the token before, the first token, earlier ones of the same kind, or what came
 after those (induction). Worth: how much the loss rises without it, at the end of the run.</p>
 <div id="heads"></div>
-<h2>Over training</h2>
-<p>Steps on a logarithmic axis, for most happens at the beginning.</p>
+<h2>Over training</h2><p>Steps on a logarithmic axis, for most happens at the beginning.</p>
 <div class="row" id="curves"></div>
 <h2>What it writes</h2>
-<p>First the likeliest continuation of the line's first tokens, then samples at temperature 0.8.
+<p>First the likeliest end of the line after its eighth token, then samples at temperature 0.8.
 <mark>Marked</mark>: 20 characters or more that stand in the training text word for word.</p>
 <div class="row" id="texts"></div>
 <script>
 const D = DATA, R = D.records, $ = id => document.getElementById(id)
+const T = R[0].text.length, size = T * (T + 1) / 2, last = Math.max(1, R.at(-1).step)
+const state = {step: last, token: 0, head: '1.1',
+  ...Object.fromEntries(new URLSearchParams(location.hash.slice(1)))}
+const range = n => [...Array(n).keys()], each = (list, f) => list.map(f).join('')
 const hidden = {'\n': '⏎', ' ': '·', '\t': '⇥', '\r': '␍', '\u200b': '∅', '\u00a0': '⍽'}
-const shown = t => t.replace(/[\n \t\r\u200b\u00a0]/g, c => hidden[c]) || '∅'
-function add(parent, tag, text = '', attributes = {}) {
-  const kind = ['svg', 'path', 'text', 'line'].includes(tag) ? '2000/svg' : '1999/xhtml'
-  const e = document.createElementNS('http://www.w3.org/' + kind, tag)
-  e.textContent = text
-  for (const [name, value] of Object.entries(attributes)) e.setAttribute(name, value)
-  parent.append(e)
-  return e
-}
-const state = {step: R.at(-1).step, token: 0, head: '1.1'}
-for (const [k, v] of new URLSearchParams(location.hash.slice(1))) state[k] = k === 'head' ? v : +v
-const T = R[0].text.length, size = T * (T + 1) / 2
-const record = () => R.findLast(r => r.step <= state.step) ?? R[0]
-const weight = (r, n, i, j) =>
-  j > i ? 0 : (r.maps.charCodeAt(n * size + i * (i + 1) / 2 + j) - 48) / 63
+const escaped = t => t.replace(/[&<"]/g, c => `&#${c.charCodeAt()};`)
+const visible = t => t.replace(/[\n \t\r\u200b\u00a0]/g, c => hidden[c]) || '∅'
+const word = t => `<bdi>${escaped(visible(t))}</bdi>`
+const weight = (r, head, i, j) => // of the attention of token i to token j
+  j > i ? 0 : (r.maps.charCodeAt(head * size + i * (i + 1) / 2 + j) - 48) / 63
 
-// What a head does at this step, worked out from its map.
-function role(r, n) {
-  const sums = {'token before': 0, 'first token': 0, 'same token': 0, 'after the same': 0}
-  const from = Math.min(8, T >> 1)
-  for (let i = from; i < T; i++) for (let j = 0; j <= i; j++) {
-    const w = weight(r, n, i, j) / (T - from)
-    if (j === i - 1) sums['token before'] += w
-    if (j === 0) sums['first token'] += w
-    if (j < i && r.text[j] === r.text[i]) sums['same token'] += w
-    if (j > 0 && j < i && r.text[j - 1] === r.text[i]) sums['after the same'] += w
-  }
-  const [name, share] = Object.entries(sums).sort((a, b) => b[1] - a[1])[0]
-  return share >= 0.4 ? `${name} ${share.toFixed(2)}` : ''
+function role(r, head) { // what a head does at this step, by its map
+  const from = Math.min(8, T >> 1), sums = {}
+  const kinds = {'token before': (i, j) => j === i - 1, 'first token': (i, j) => j === 0,
+    'same token': (i, j) => j < i && r.text[j] === r.text[i],
+    'after the same': (i, j) => 0 < j && j < i && r.text[j - 1] === r.text[i]}
+  for (const [name, is] of Object.entries(kinds))
+    for (let i = from; i < T; i++) for (let j = 0; j <= i; j++)
+      if (is(i, j)) sums[name] = (sums[name] ?? 0) + weight(r, head, i, j) / (T - from)
+  const [name, share] = Object.entries(sums).sort((a, b) => b[1] - a[1])[0] ?? ['', 0]
+  return share >= 0.4 ? `${name} ${share.toFixed(2)}` : '&nbsp;'
 }
 
-// Curves: a series is [name, colour, [[step, y], ...]], levels are lines across.
-const last = Math.max(1, ...R.map(r => r.step)), curves = []
-const x = step => 40 + 430 * Math.log1p(step) / Math.log1p(last)
-function chart(title, series, levels = {}) {
-  series = series.map(s => [s[0], s[1], s[2].filter(p => p[1] != null)]).filter(s => s[2].length)
+function chart(r, title, series, levels = {}) { // series: [name, color, [[step, y], ...]]
+  series = series.map(([name, color, at]) => [name, color, at.filter(p => p[1] != null)])
   const high = Math.max(...series.flatMap(s => s[2].map(p => p[1])), ...Object.values(levels))
-  if (!series.length || high <= 0) return
+  if (!(high > 0) || !series[0][2].length) return ''
   const unit = 10 ** Math.floor(Math.log10(high / 2))
-  const tick = unit * [1, 2, 5].find(m => high <= 5 * m * unit)
-  const top = Math.ceil(high / tick) * tick, y = v => 190 - 175 * v / top
-  const figure = add($('curves'), 'figure')
-  const svg = add(figure, 'svg', '', {viewBox: '0 0 500 210', role: 'img', 'aria-label': title})
-  for (let s = 1; s <= last; s *= 4) add(svg, 'text', s, {x: x(s), y: 205, 'text-anchor': 'middle'})
-  for (let v = 0; v <= top + tick / 2; v += tick)
-    add(svg, 'text', +v.toPrecision(3), {x: 34, y: y(v) + 4, 'text-anchor': 'end'})
-  for (const [name, v] of Object.entries(levels)) {
-    add(svg, 'line', '', {x1: 40, x2: 470, y1: y(v), y2: y(v), stroke: 'var(--soft)',
-      'stroke-dasharray': 4})
-    add(svg, 'text', `${name} ${v.toFixed(3)}`, {x: 470, y: y(v) - 4, 'text-anchor': 'end'})
-  }
-  for (const [, stroke, points] of series)
-    add(svg, 'path', '', {d: 'M' + points.map(p => [x(p[0]), y(p[1])]).join('L'), stroke})
-  curves.push({title, series, marker: add(svg, 'line', '', {y1: 10, y2: 190, stroke: 'var(--ink)'}),
-    caption: add(figure, 'figcaption')})
+  const tick = unit * [1, 2, 5].find(m => high <= 5 * m * unit), ticks = Math.ceil(high / tick)
+  const x = step => 40 + 430 * Math.log1p(step) / Math.log1p(last)
+  const y = v => 190 - 175 * v / tick / ticks
+  const text = (x, y, end, text) => `<text x=${x} y=${y} text-anchor=${end}>${text}</text>`
+  const path = (d, color) => `<path d="M${d}" stroke="${color}" />`
+  return `<figure><svg viewBox="0 0 500 210" role="img" aria-label="${title}">` +
+    each(range(20), n => 4 ** n > last ? '' : text(x(4 ** n), 205, 'middle', 4 ** n)) +
+    each(range(ticks + 1), n => text(34, y(n * tick) + 4, 'end', +(n * tick).toPrecision(3))) +
+    each(Object.entries(levels), ([name, v]) => path(`40 ${y(v)}H470`, 'gray') +
+      text(470, y(v) - 4, 'end', `${name} ${v.toFixed(3)}`)) +
+    each(series, ([, color, at]) => path(at.map(p => [x(p[0]), y(p[1])]).join('L'), color)) +
+    path(`${x(r.step)} 10V190`, 'gray') + `</svg><figcaption>${title}: ` +
+    each(series, ([name, color, at]) => `<b style="color: ${color}">${name} ` +
+      `${+(at.findLast(p => p[0] <= r.step)?.[1] ?? NaN).toFixed(3)}</b> `) +
+    `</figcaption></figure>`
 }
-const over = (rows, f) => rows.map(r => [r.step, f(r)])
-chart('Loss, nats per token', [['training', 'var(--a)', over(D.log, r => r.train_loss)],
-  ['validation', 'var(--b)', over(D.log, r => r.val_loss)]], D.levels)
-chart('Longest piece of a sample, in characters, that stands word for word in', [
-  ['the training text', 'var(--a)', over(R, r => r.longest?.[0])],
-  ['the validation text', 'var(--b)', over(R, r => r.longest?.[1])]])
 
-// The parts of the page are made once; `draw` fills them for the step, token and head chosen.
-$('about').textContent = D.about
-const tokens = R[0].text.map((t, i) => {
-  const b = add($('line'), 'button', '', {dir: 'auto'})
-  add(b, 'bdi', shown(t))
-  b.onclick = b.onfocus = () => set({token: i})
-  return b
-})
-$('line').onkeydown = e => {
-  const by = {ArrowRight: 1, ArrowLeft: -1}[e.key]
-  if (!by) return
-  e.preventDefault()
-  set({token: Math.max(0, Math.min(T - 1, state.token + by))})
-  tokens[state.token].focus()
+function marked([text, copied]) { // what belongs to a copied piece
+  let end = 0
+  return `<pre dir=auto>` + each([...text], (c, i) => {
+    if (copied[i] >= 20) end = i + copied[i]
+    c = c === '\n' ? '⏎\n' : escaped(c)
+    return i < end ? `<mark>${c}</mark>` : c
+  }) + `</pre>`
 }
-const heads = [], table = add($('heads'), 'table')
-D.shown.forEach((layer, l) => {
-  const row = add(table, 'tr')
-  const worth = x => x == null ? '' : `worth ${x.toFixed(3)}`
-  add(row, 'th', `layer ${layer + 1}\n${worth(D.layers[layer])}`)
-  for (let h = 0; h < D.n_head; h++) {
-    const id = `${layer + 1}.${h + 1}`
-    const button = add(add(row, 'td'), 'button', '', {'aria-label': `head ${id}`})
-    const canvas = add(button, 'canvas', '', {width: T, height: T}), name = add(button, 'small')
-    add(button, 'small', worth(D.heads[layer]?.[h]))
-    button.onclick = () => set({head: id})
-    heads.push({id, n: l * D.n_head + h, button, canvas, name})
-  }
-})
+
+function draw() {
+  const r = R.findLast(r => r.step <= state.step) ?? R[0]
+  const log = D.log.findLast(l => l.step <= r.step)
+  const i = Math.max(0, Math.min(T - 1, state.token | 0)), truth = r.text[i + 1]
+  const heads = range(r.maps.length / size).map(n => [n / D.n_head | 0, n % D.n_head])
+  const chosen = heads.findIndex(([l, h]) => state.head === `${l + 1}.${h + 1}`)
+  const row = (label, [token, p]) => `<tr><th>${label}<td>${token === truth ? '✓' : ' '} ` +
+    `${word(token)}<td>${(100 * p).toFixed(1)} %`
+  const over = (rows, f) => rows.map(r => [r.step, f(r)])
+  $('at').value = R.indexOf(r)
+  $('now').textContent = `step ${r.step}` + (log ? `, validation loss ${log.val_loss?.toFixed(3)}` +
+    (log.train_loss ? `, training loss ${log.train_loss.toFixed(3)}` : '') : '')
+  $('line').innerHTML = each(r.text, (t, j) => `<button data-token=${j} aria-pressed=${j === i}
+    style="--p: ${j ? Math.min(90, 15 * r.loss[j - 1]) : 0}; --w: ${chosen < 0 ? 0 :
+    100 * Math.sqrt(weight(r, chosen, i, j))}" title="loss ${r.loss[j - 1]}">${word(t)}</button>`)
+  $('chosen').innerHTML = `“${word(r.text[i])}” ` + (i ? `cost ${r.loss[i - 1].toFixed(2)} nats` :
+    'is the first') + (truth == null ? ', and the line ends.' :
+    `. After it came “${word(truth)}”, which cost ${r.loss[i].toFixed(2)} nats.`)
+  $('next').innerHTML = each(r.top[i], t => row('', t))
+  $('lens').innerHTML = each(r.lens, (layer, l) => row(l ? `block ${l}` : 'none', layer[i]))
+  $('heads').innerHTML = each(heads, ([l, h], n) => `${n && !h ? '<br>' : ''}<button
+    data-head=${l + 1}.${h + 1} aria-pressed=${n === chosen}><canvas width=${T} height=${T}>
+    </canvas><br>${l + 1}.${h + 1} <small>${D.heads[l] ? 'worth ' + D.heads[l][h].toFixed(3) : ''}
+    <br>${role(r, n)}</small></button> `)
+  const ink = getComputedStyle(document.body).color.match(/\d+/g).slice(0, 3)
+  document.querySelectorAll('canvas').forEach((canvas, n) => {
+    const image = new ImageData(T, T)
+    for (const a of range(T)) for (const b of range(T))
+      image.data.set([...ink, 255 * weight(r, n, a, b)], 4 * (a * T + b))
+    canvas.getContext('2d').putImageData(image, 0, 0)
+  })
+  $('curves').innerHTML = chart(r, 'Loss, nats per token', [
+    ['training', 'var(--a)', over(D.log, l => l.train_loss)],
+    ['validation', 'var(--b)', over(D.log, l => l.val_loss)]], D.levels) +
+    chart(r, 'Longest piece of a sample, in characters, that stands word for word in', [
+    ['the training text', 'var(--a)', over(R, r => r.longest[0])],
+    ['the validation text', 'var(--b)', over(R, r => r.longest[1])]])
+  $('texts').innerHTML = each(r.samples, marked)
+}
 function set(change) {
   Object.assign(state, change)
   history.replaceState(null, '', '#' + new URLSearchParams(state))
   draw()
 }
-function fill(table, rows) {
-  table.textContent = ''
-  for (const [head, [token, p], truth] of rows) {
-    const row = add(table, 'tr')
-    if (head) add(row, 'th', head)
-    const cell = add(row, 'td', '', {style: `--p: ${100 * p}`})
-    add(cell, 'bdi', shown(token), {class: token === truth ? 'true' : ''})
-    add(row, 'td', (100 * p).toFixed(1) + ' %')
-  }
-}
-function draw() {
-  const r = record(), i = Math.max(0, Math.min(T - 1, state.token || 0)), truth = r.text[i + 1]
-  const log = D.log.findLast(l => l.step <= r.step) ?? {}
-  const head = heads.find(h => h.id === state.head)
-  const loss = (name, value) => value == null ? '' : `, ${name} loss ${value.toFixed(3)}`
-  $('at').value = R.indexOf(r)
-  $('now').textContent = `step ${r.step}` + loss('training', log.train_loss) +
-    loss('validation', log.val_loss)
-  tokens.forEach((b, j) => {
-    b.setAttribute('aria-pressed', j === i)
-    b.title = j ? `loss ${r.loss[j - 1].toFixed(2)}` : 'the first: nothing before it'
-    b.style.setProperty('--p', j ? Math.min(90, 15 * r.loss[j - 1]) : 0)
-    b.style.setProperty('--w', head ? 100 * Math.sqrt(weight(r, head.n, i, j)) : 0)
-  })
-  $('chosen').textContent = `After “${shown(r.text[i])}” (token ${i + 1}) ` + (truth ?
-    `came “${shown(truth)}”, which cost ${r.loss[i].toFixed(2)} nats.` : 'the line ends here.')
-  fill($('next'), r.top[i].map(t => ['', t, truth]))
-  fill($('lens'), r.lens.map((layer, l) => [l ? `block ${l}` : 'none', layer[i], truth]))
-  const ink = getComputedStyle(document.body).color.match(/\d+/g).slice(0, 3)
-  for (const h of heads) {
-    const image = new ImageData(T, T)
-    for (let a = 0; a < T; a++) for (let b = 0; b < T; b++)
-      image.data.set([...ink, 255 * weight(r, h.n, a, b)], 4 * (a * T + b))
-    h.canvas.getContext('2d').putImageData(image, 0, 0)
-    h.name.textContent = role(r, h.n) || '·'
-    h.button.setAttribute('aria-pressed', h === head)
-  }
-  for (const c of curves) {
-    for (const end of ['x1', 'x2']) c.marker.setAttribute(end, x(r.step))
-    c.caption.textContent = c.title + ': '
-    for (const [name, color, points] of c.series) {
-      const point = points.findLast(p => p[0] <= r.step)
-      if (point) add(c.caption, 'b', `${name} ${+point[1].toFixed(3)} `, {style: `color: ${color}`})
-    }
-  }
-  $('texts').textContent = ''
-  for (const [text, copied] of r.samples) {
-    const pre = add($('texts'), 'pre', '', {dir: 'auto'})
-    let end = 0, part
-    for (const [i, c] of [...text].entries()) {
-      if (copied[i] >= 20) end = i + copied[i]
-      const tag = i < end ? 'mark' : 'span'
-      if (part?.localName !== tag) part = add(pre, tag)
-      part.textContent += c
-    }
-  }
-}
 $('at').max = R.length - 1
-$('at').oninput = () => set({step: R[+$('at').value].step})
+$('at').oninput = () => set({step: R[$('at').value].step})
+document.onclick = e => set({...e.target.closest('button')?.dataset})
+document.onkeydown = e => {
+  const by = {ArrowRight: 1, ArrowLeft: -1}[e.key]
+  if (by && e.target !== $('at')) set({token: Math.max(0, Math.min(T - 1, +state.token + by))})
+}
 let timer
 $('play').onclick = () => {
-  if (+$('at').value === R.length - 1) set({step: R[0].step})
-  timer = timer ? clearInterval(timer) : setInterval(() => {
-    const next = R[R.indexOf(record()) + 1]
-    next ? set({step: next.step}) : timer = clearInterval(timer)
-  }, 400)
+  let n = 0
+  clearInterval(timer)
+  timer = setInterval(() => n < R.length ? set({step: R[n++].step}) : clearInterval(timer), 300)
 }
 matchMedia('(prefers-color-scheme: dark)').onchange = draw
-document.querySelector('header').hidden = R.length < 2
 draw()
 </script>
 """
@@ -2141,10 +1700,10 @@ draw()
 def pairs(text):
     return dict(pair.split("=") for pair in text.split())
 
-LLAMA = {
+LLAMA = {  # `ours` makes it here; `must` is what else a config.json has to say, or to leave out
     "class": "LlamaForCausalLM", "prefix": "model.", "block": "layers.",
     "ours": dict(pos="rope", norm="rms", mlp="swiglu", qk_norm=False),
-    "must": dict(hidden_act="silu"),
+    "must": dict(hidden_act="silu", rope_type="default", partial_rotary_factor=1.0),
     "settings": pairs("""vocab_size=vocab_size block_size=max_position_embeddings
         n_layer=num_hidden_layers n_embd=hidden_size n_head=num_attention_heads head_dim=head_dim
         n_kv_head=num_key_value_heads mlp_hidden=intermediate_size rope_theta=rope_theta
@@ -2154,21 +1713,20 @@ LLAMA = {
         attn.v=self_attn.v_proj attn.out=self_attn.o_proj attn.q_norm=self_attn.q_norm
         attn.k_norm=self_attn.k_norm mlp.gate=mlp.gate_proj mlp.up=mlp.up_proj
         mlp.down=mlp.down_proj""")}
-FAMILIES = {  # `must` is what else a config.json has to say, or to leave out
-    "gpt2": {
-        "class": "GPT2LMHeadModel", "prefix": "", "block": "h.", "ours": ARCHS["gpt2"],
-        "must": dict(activation_function="gelu_new", scale_attn_weights=True,
-                     scale_attn_by_inverse_layer_idx=False),
-        "settings": pairs("""vocab_size=vocab_size block_size=n_positions,n_ctx n_layer=n_layer
-            n_embd=n_embd n_head=n_head mlp_hidden=n_inner norm_eps=layer_norm_epsilon
-            tie=tie_word_embeddings"""),
-        "parts": pairs("""embed=wte positions=wpe norm=ln_f head=lm_head attn_norm=ln_1
-            mlp_norm=ln_2 attn.q=attn.c_attn attn.k=attn.c_attn attn.v=attn.c_attn
-            attn.out=attn.c_proj mlp.up=mlp.c_fc mlp.down=mlp.c_proj""")},
-    "llama": LLAMA,
-    "qwen3": LLAMA | {"class": "Qwen3ForCausalLM", "ours": LLAMA["ours"] | dict(
-        qk_norm=True, head_dim=128), "must": dict(
-        hidden_act="silu", attention_bias=False, mlp_bias=False, use_sliding_window=False)}}
+QWEN3 = LLAMA | {
+    "class": "Qwen3ForCausalLM", "ours": LLAMA["ours"] | dict(qk_norm=True, head_dim=128),
+    "must": LLAMA["must"] | dict(attention_bias=False, mlp_bias=False, use_sliding_window=False)}
+GPT2 = {
+    "class": "GPT2LMHeadModel", "prefix": "", "block": "h.", "ours": ARCHS["gpt2"],
+    "must": dict(activation_function="gelu_new", scale_attn_weights=True,
+                 scale_attn_by_inverse_layer_idx=False),
+    "settings": pairs("""vocab_size=vocab_size block_size=n_positions,n_ctx n_layer=n_layer
+        n_embd=n_embd n_head=n_head mlp_hidden=n_inner norm_eps=layer_norm_epsilon
+        tie=tie_word_embeddings"""),
+    "parts": pairs("""embed=wte positions=wpe norm=ln_f head=lm_head attn_norm=ln_1 mlp_norm=ln_2
+        attn.q=attn.c_attn attn.k=attn.c_attn attn.v=attn.c_attn attn.out=attn.c_proj
+        mlp.up=mlp.c_fc mlp.down=mlp.c_proj""")}
+FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "qwen3": QWEN3}
 
 def config_in(about):
     """A config.json's dict -> (model_type, Config); what would be computed otherwise is refused."""
@@ -2176,170 +1734,143 @@ def config_in(about):
     if kind not in FAMILIES:
         raise Error(f"model_type {kind} is not one of {', '.join(FAMILIES)}")
     rope = about.get("rope_parameters") or about.get("rope_scaling") or {}  # transformers 5, 4
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default" or rope.keys() - {"rope_type", "type", "rope_theta"}:
-        raise Error(f"RoPE of type {rope_type} ({', '.join(rope)}) is not supported")
-    about = {name: value for name, value in (about | rope).items() if value is not None}
+    about = {"rope_type": rope.get("type")} | about | rope
+    about = {name: value for name, value in about.items() if value is not None}
     for name, value in FAMILIES[kind]["must"].items():
         if about.get(name, value) != value:
             raise Error(f"{name} {about[name]} is not supported, only {value}")
     values = dict(FAMILIES[kind]["ours"])
     for ours, theirs in FAMILIES[kind]["settings"].items():
         said = {about[name] for name in theirs.split(",") if name in about}
-        if len(said) > 1:
-            raise Error(f"{theirs} differ")
-        if not said and ours in ("vocab_size", "block_size", "n_layer", "n_embd", "n_head"):
-            raise Error(f"{theirs.split(',')[0]} is missing")
+        if len(said) > 1 or ours == "n_layer" and said <= {0}:
+            raise Error(f"{theirs} cannot be {said}")
         values |= {ours: value for value in said}
     return kind, Config(**values)
 
 def config_out(config):
-    """A Config -> (model_type, config.json's dict). Read again, it must be the same Config: what
-    transformers cannot express, and any setting that the table does not know, is refused."""
-    if not config.n_layer:
-        raise Error("export: a bigram has no equal in transformers")
-    found = {}
-    for kind, family in FAMILIES.items():
-        about = {name: getattr(config, ours) for ours, theirs in family["settings"].items()
-                 for name in theirs.split(",")}
-        about |= {"model_type": kind, "architectures": [family["class"]], **family["must"]}
-        if "rope_theta" in about:
-            about["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
-        again = {}
-        with contextlib.suppress(Error):
-            again = asdict(config_in(about)[1])
-        lost = [name for name, value in asdict(config).items()
-                if name != "dropout" and again.get(name) != value]
-        if not lost:
-            return kind, about
-        found[len(lost)] = kind, lost
-    kind, lost = found[min(found)]
-    raise Error(f"export: {lost[0]} {getattr(config, lost[0])} has no equal in {kind}, the nearest")
+    """A Config -> (model_type, config.json's dict), which read again gives the same Config: so a
+    setting that transformers cannot express, or that the table does not know, is refused."""
+    kind = "gpt2" if config.pos == "learned" else "qwen3" if config.qk_norm else "llama"
+    family = FAMILIES[kind]
+    about = {name: getattr(config, ours) for ours, theirs in family["settings"].items()
+             for name in theirs.split(",")}
+    about |= {"model_type": kind, "architectures": [family["class"]], **family["must"]}
+    again = config_in(about)[1]
+    for f in fields(Config):
+        if f.name != "dropout" and getattr(again, f.name) != getattr(config, f.name):
+            raise Error(f"export: {f.name} {getattr(config, f.name)} has no equal in {kind}")
+    return kind, about
 
 def their_weights(model, kind):
-    """Their names, without prefix -> (our parameters, which theirs is a stack of; transposed?)"""
-    family, weights = FAMILIES[kind], {}
+    """Their names, without prefix -> [views of ours]: theirs is those joined along the last dim."""
+    weights = defaultdict(list)
     for name, p in model.named_parameters():  # a tied head is the embedding, not listed again
-        block, part, end = re.fullmatch(r"(?:blocks\.(\d+\.))?(.+)\.(\w+)", name).groups()
-        theirs = (family["block"] + block if block else "") + family["parts"][part] + "." + end
-        turned = kind == "gpt2" and block is not None and p.dim() == 2  # its Conv1D is x @ W
-        weights.setdefault(theirs, ([], turned))[0].append(p)
+        block, part, end = re.fullmatch(r"(?:blocks\.(\d+\.))?(.+)\.(\w+)", name).groups("")
+        theirs = FAMILIES[kind]["block"] * bool(block) + block + FAMILIES[kind]["parts"][part]
+        turned = kind == "gpt2" and block and p.dim() == 2  # its Conv1D is x @ W
+        weights[f"{theirs}.{end}"].append(p.detach().mT if turned else p.detach())
     return weights
 
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-               "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8,
-               "BOOL": torch.bool}
+               "BF16": torch.bfloat16, "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool}
 
 def read_safetensors(path):
     """{name: tensor}. Eight bytes say how long the header is; it is JSON; the tensors follow, no
     gaps. The file is mapped: a tensor is read from the disk when it is used."""
     with open(path, "rb") as file:
-        size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
-        if not 8 + length <= size or length > 1 << 24:  # real headers are below a megabyte
-            raise ValueError(f"a header of {length} bytes in a file of {size}")
-        header = json.loads(file.read(length))
-    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-    tensors, stop = {}, 8 + length
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(length, 1 << 24)))  # real ones are below a megabyte
+    data = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8)[8 + length:]
     header.pop("__metadata__", None)
+    tensors, stop = {}, 0
     for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape, start = SAFETENSORS[about["dtype"]], about["shape"], stop
-        stop += math.prod(shape[:8]) * dtype.itemsize
-        if about["data_offsets"] != [start - 8 - length, stop - 8 - length] or stop > size:
+        dtype, start = SAFETENSORS[about["dtype"]], stop
+        stop += math.prod(about["shape"]) * dtype.itemsize
+        if about["data_offsets"] != [start, stop] or stop > len(data):
             raise ValueError(f"the place or shape of {name}")
         raw = data[start:stop]  # in old files it may begin where no view of numbers can
-        raw = raw.clone() if start % dtype.itemsize else raw
-        tensors[name] = raw.view(dtype).view(shape)
-    if stop != size:
-        raise ValueError(f"{size} bytes, where the header speaks of {stop}")
+        raw = raw.clone() if raw.storage_offset() % dtype.itemsize else raw
+        tensors[name] = raw.view(dtype).view(about["shape"])
+    if stop != len(data):
+        raise ValueError(f"{len(data)} bytes, where the header speaks of {stop}")
     return tensors
 
 def write_safetensors(path, weights):
-    """weights: {name: (shape, function that makes the tensor)}: no second model is held."""
+    """{name: [tensors to join along the last dim]}: no second copy of the model is held."""
     header, stop = {"__metadata__": {"format": "pt"}}, 0
-    for name, (shape, _) in weights.items():
-        start, stop = stop, stop + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, stop]}
+    for name, parts in weights.items():
+        shape, start = [*parts[0].shape[:-1], sum(p.size(-1) for p in parts)], stop
+        stop += 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, stop]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # numbers begin at a multiple of their size
     with atomic(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _, make in weights.values():
-            tensor = make().float().contiguous()
-            raw = bytearray(tensor.nbytes)
-            torch.frombuffer(raw, dtype=torch.float32).copy_(tensor.view(-1))
-            file.write(raw)
-
-def read_json(path):
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError, RecursionError) as e:
-        raise Error(f"{path.name}: {getattr(e, 'strerror', None) or 'not a JSON object'}") from None
+        for parts in weights.values():
+            tensor = torch.cat(parts, dim=-1).float().contiguous()
+            file.write(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
 
 def read_weights(folder):
-    """{name: tensor} of one file, or of the several that an index names."""
-    files, tensors = ["model.safetensors"], {}
-    if not (folder / files[0]).exists():
-        index = read_json(folder / "model.safetensors.index.json")
-        files = sorted({Path(file).name for file in index["weight_map"].values()})
-    for name in files:
-        try:
-            tensors |= read_safetensors(folder / name)
-        except Exception as e:  # a damaged file can fail in any way
-            raise Error(f"{name} is damaged or unreadable ({first_line(e)})") from None
-    return {re.sub(r"^(transformer|model)\.", "", name): x for name, x in tensors.items()}
+    """{name without prefix: tensor} of one file, or of the several that an index names."""
+    files = {"model.safetensors"}
+    if not (folder / "model.safetensors").exists():
+        index = json.loads((folder / "model.safetensors.index.json").read_text("utf-8"))
+        files = {Path(file).name for file in index["weight_map"].values()}
+    tensors = {}
+    for file in files:
+        for name, tensor in read_safetensors(folder / file).items():
+            tensors[re.sub(r"^(transformer|model)\.", "", name)] = tensor
+    return tensors
 
-@torch.no_grad()
 def load_folder(source):
     """A Hugging Face folder, or the name of a GPT-2 -> (model, tokenizer; None if it has none)."""
-    folder, about = Path(source).expanduser(), None
+    folder = Path(source).expanduser()
     if source in GPT2_SIZES:
-        folder, (layers, heads, channels) = cache_folder() / source, GPT2_SIZES[source]
-        about = dict(model_type="gpt2", vocab_size=50257, n_positions=1024, n_layer=layers,
-                     n_head=heads, n_embd=channels)
+        folder = cache_folder() / source
+        about = dict(zip(("n_layer", "n_head", "n_embd"), GPT2_SIZES[source]))
+        about |= {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
         download(f"https://huggingface.co/openai-community/{source}/resolve/main/model.safetensors",
                  folder / "model.safetensors")
     try:
-        about = about or read_json(folder / "config.json")
+        if source not in GPT2_SIZES:
+            about = json.loads((folder / "config.json").read_text("utf-8"))
         kind, config = config_in(about)
         found = read_weights(folder)
-        if not 0 < config.n_layer <= len(found) or config.block_size > 1 << 24:
-            raise Error("config.json and the weights do not fit together")
         with torch.device("meta"):  # shapes without memory: a wrong config.json costs none
-            wanted = their_weights(GPT(config), kind)
-        for name in wanted.keys() | found.keys():
-            parts, turned = wanted.get(name, ([], False))
-            shape = [sum(len(p) for p in parts), *parts[0].shape[1:]] if parts else "not known"
-            has = list(found[name].shape) if name in found else "missing"
-            ignored = re.search(r"\.attn\.(masked_)?bias$|\.inv_freq$|^lm_head\.weight$", name)
-            if not (parts or ignored) or parts and has != (shape[::-1] if turned else shape):
-                raise Error(f"{name} is {has}, in a {kind} with this config.json it is {shape}")
+            wanted = {name: torch.cat(views, dim=-1).shape
+                      for name, views in their_weights(GPT(config), kind).items()}
+        ignored = re.compile(r"\.attn\.(masked_)?bias$|\.inv_freq$|^lm_head\.weight$")
+        shapes = {name: tensor.shape for name, tensor in found.items()}
+        for name in wanted.keys() | {name for name in found if not ignored.search(name)}:
+            if shapes.get(name) != wanted.get(name):
+                raise Error(f"{name} is {shapes.get(name)}, in this {kind} {wanted.get(name)}")
         model = GPT(config).eval()
-        for name, (parts, turned) in their_weights(model, kind).items():
-            rows = found[name].mT if turned else found[name]
-            for p, part in zip(parts, rows.split([len(p) for p in parts])):
-                p.copy_(part)
+        for name, views in their_weights(model, kind).items():
+            parts = found[name].split([view.size(-1) for view in views], dim=-1)
+            for view, part in zip(views, parts):
+                view.copy_(part)
         return model, folder_tokenizer(folder, kind, config.vocab_size, about)
-    except (Error, TypeError, AttributeError, KeyError, RuntimeError) as e:
-        raise Error(f"{folder}: {first_line(e)}") from None
+    except ImportError:
+        raise
+    except Exception as e:  # a damaged file may fail in any way
+        raise Error(f"{folder} cannot be read: {first_line(e)}") from None
 
 class HuggingFaceTokenizer(Tokenizer):
     """Somebody's tokenizer.json, run by the package `tokenizers`: the ids are theirs."""
     def __init__(self, text, ends, size):
-        try:
-            import tokenizers
-        except ImportError:
-            raise Error("this model's tokenizer needs a package: pip install tokenizers") from None
-        self.text, self.encoding = text, tokenizers.Tokenizer.from_str(text)
-        self.eot, self.ends = ends[0] if ends else None, set(ends)
-        self.first, self.tokens = ends[:1] or [0], [b""] * size
-        special = self.encoding.get_added_tokens_decoder()
-        byte = {letter: b for b, letter in byte_letters().items()} if '"ByteLevel"' in text else {}
+        import tokenizers
+        self.arguments = {"text": text, "ends": ends, "size": size}
+        self.encoding = tokenizers.Tokenizer.from_str(text)
+        self.encoding.no_truncation()  # a file may ask for it
+        self.eot, self.ends, self.first = (ends or [None])[0], set(ends), ends[:1] or [0]
+        self.tokens = [b""] * size  # a model may have more ids than its tokenizer
+        byte = {c: b for b, c in enumerate(byte_letters()) if '"ByteLevel"' in text}
+        added = self.encoding.get_added_tokens_decoder()
         for name, i in self.encoding.get_vocab().items():
-            if i in special or not all(c in byte for c in name):
-                code = re.fullmatch("<0x(..)>", name)
-                text = name.replace("▁", " ").encode()
-                self.tokens[i] = bytes.fromhex(code[1]) if code else text
-            else:
+            self.tokens[i] = name.replace("▁", " ").encode()
+            if re.fullmatch("<0x..>", name):
+                self.tokens[i] = bytes.fromhex(name[3:5])
+            elif i not in added and all(c in byte for c in name):
                 self.tokens[i] = bytes(byte[c] for c in name)
 
     def encode(self, text, special=False):
@@ -2348,115 +1879,78 @@ class HuggingFaceTokenizer(Tokenizer):
         return torch.tensor(ids, dtype=torch.int32)
 
     def state(self):
-        ends = sorted(self.ends, key=lambda i: i != self.eot)
-        return {"kind": "huggingface", "text": self.text, "ends": ends, "size": len(self.tokens)}
+        return {"kind": "huggingface", **self.arguments}
 
 TOKENIZERS["huggingface"] = HuggingFaceTokenizer
 
 def folder_tokenizer(folder, kind, size, about):
     """The tokenizer of a folder, None if it has none."""
+    path, more = folder / "tokenizer.json", folder / "generation_config.json"
+    if not path.exists():
+        return GPT2Tokenizer.train((), 0) if kind == "gpt2" and size == 50257 else None
+    more = json.loads(more.read_text("utf-8")) if more.exists() else {}
     ends = []
-    for file in (about, *map(read_json, filter(Path.exists, [folder / "generation_config.json"]))):
-        ids = file.get("eos_token_id")
+    for ids in (about.get("eos_token_id"), more.get("eos_token_id")):
         ends += ids if isinstance(ids, list) else [ids]
-    ends = [i for i in dict.fromkeys(ends) if isinstance(i, int) and 0 <= i < size]
-    try:
-        if (folder / "tokenizer.json").exists():
-            text = (folder / "tokenizer.json").read_text("utf-8")
-            return HuggingFaceTokenizer(text, ends, size)
-        if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-            from tokenizers import ByteLevelBPETokenizer
-            old = ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
-            old.add_special_tokens(["<|endoftext|>"])
-            return HuggingFaceTokenizer(old.to_str(), ends, size)
-    except Error:
-        raise
-    except Exception as e:  # what the package says of a damaged file
-        raise Error(f"tokenizer.json: {first_line(e)}") from None
-    return GPT2Tokenizer.train((), 0) if kind == "gpt2" and size == 50257 else None
+    ends = [i for i in dict.fromkeys(ends) if i in range(size)]
+    return HuggingFaceTokenizer(path.read_text("utf-8"), ends, size)
 
 def byte_letters():
-    """{byte: letter}: how tokenizer.json writes bytes; itself where Latin-1 shows something."""
+    """The letter that stands for each byte there: itself where Latin-1 shows something."""
     shown = [b for b in range(256) if chr(b).isprintable() and b != 32]
     hidden = [b for b in range(256) if b not in shown]
-    return {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(hidden)}
-
-def merges(ranks):
-    """The two halves that byte-pair encoding makes each token from."""
-    for token in sorted((token for token in ranks if len(token) > 1), key=ranks.get):
-        halves = [token[i:i + 1] for i in range(len(token))]
-        while len(halves) > 2:
-            best = min(range(len(halves) - 1),
-                       key=lambda i: ranks.get(halves[i] + halves[i + 1], math.inf))
-            halves[best:best + 2] = [halves[best] + halves[best + 1]]
-        yield halves
+    return [chr(b) if b in shown else chr(256 + hidden.index(b)) for b in range(256)]
 
 def tokenizer_out(tokenizer):
     """tokenizer.json's dict. Characters are byte-pair encoding without bytes and without pairs."""
-    state = tokenizer.state()
+    state, file = tokenizer.state(), {"version": "1.0", "added_tokens": []}
     if state["kind"] == "huggingface":
-        return json.loads(tokenizer.text)
-    file = {"version": "1.0", "added_tokens": [], "decoder": {"type": "Fuse"}}
+        return json.loads(state["text"])
     if state["kind"] == "char":
-        vocab = {c: i for i, c in enumerate(tokenizer.chars)}
-        return file | {"model": {"type": "BPE", "vocab": vocab, "merges": []}}
+        vocab = {c: i for i, c in enumerate(state["chars"])}
+        model = {"type": "BPE", "vocab": vocab, "merges": []}
+        return file | {"decoder": {"type": "Fuse"}, "model": model}
     if state["kind"] != "bpe":
         raise Error(f"export: a tokenizer of kind {state['kind']} has no equal")
-    letter, eot = byte_letters(), {"<|endoftext|>": tokenizer.eot}
-    spell = {token: "".join(letter[b] for b in token) for token in tokenizer.ranks}
-    vocab = {spell[token]: i for token, i in tokenizer.ranks.items()} | eot
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-             "use_regex": True}
-    return file | {
-        "added_tokens": [{"id": tokenizer.eot, "content": "<|endoftext|>", "special": True,
-                          "normalized": False, "single_word": False, "lstrip": False,
-                          "rstrip": False}],
-        "pre_tokenizer": level, "decoder": level,
-        "model": {"type": "BPE", "vocab": vocab, "ignore_merges": True,
-                  "merges": [f"{spell[a]} {spell[b]}" for a, b in merges(tokenizer.ranks)]}}
+    letters, ranks, name = byte_letters(), tokenizer.ranks, "<|endoftext|>"
+    spell = {token: "".join(letters[b] for b in token) for token in ranks}
+    merges = [f"{spell[token[:i]]} {spell[token[i:]]}" for token in sorted(ranks, key=ranks.get)
+              for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+    vocab = {spell[token]: i for token, i in ranks.items()} | {name: tokenizer.eot}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    special = {"id": tokenizer.eot, "content": name, "special": True, "normalized": False,
+               "single_word": False, "lstrip": False, "rstrip": False}
+    return file | {"added_tokens": [special], "pre_tokenizer": level, "decoder": level,
+                   "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
 
 @dataclass
 class Export(Trained):
     """Where to."""
     folder: str = setting("", "folder to write, new or empty")
 
-@command(Export)
+@command(Export, "export")
 def export(s):
     """write a Hugging Face folder"""
     folder = Path(s.folder).expanduser()
-    if not s.folder or folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise Error(f"export: {quote(s.folder)} is there already; name a new or an empty folder")
+    if not s.folder or folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise Error(f"export: {s.folder!r:.100} is there already; name a new or an empty folder")
     model, tokenizer = load_model(s.init or find_run(s.out))
     kind, about = config_out(model.config)
-    files = {}
+    files, eot = {}, None if tokenizer is None else tokenizer.eot
+    ends = None if eot is None else [eot, *tokenizer.ends - {eot}]
+    about |= {"bos_token_id": eot, "eos_token_id": ends}  # left out, they would be a Llama's
     if tokenizer:
-        ends = sorted(tokenizer.ends, key=lambda i: i != tokenizer.eot)
-        eos = ends if len(ends) > 1 else tokenizer.eot
-        about |= {"bos_token_id": tokenizer.eot, "eos_token_id": eos}
-        names = {} if tokenizer.eot is None else dict.fromkeys(
-            ("bos_token", "eos_token"), tokenizer.tokens[tokenizer.eot].decode())
+        names = {} if eot is None else {"eos_token": tokenizer.tokens[eot].decode()}
         files = {"tokenizer.json": tokenizer_out(tokenizer), "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
             "model_max_length": model.config.block_size, **names}}
-    weights = {}
-    for name, (parts, turned) in their_weights(model, kind).items():
-        name = name if name == "lm_head.weight" else FAMILIES[kind]["prefix"] + name
-        make = functools.partial(stack, parts, turned)
-        weights[name] = make().shape, make
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise Error(f"export: {folder} cannot be made: {e.strerror}") from None
-    write_safetensors(folder / "model.safetensors", weights)
+    write_safetensors(folder / "model.safetensors", {
+        FAMILIES[kind]["prefix"] * (name != "lm_head.weight") + name: parts
+        for name, parts in their_weights(model, kind).items()})
     for name, file in (files | {"config.json": about}).items():  # the last: without it, no model
         with atomic(folder / name) as out:
             out.write(json.dumps(file, indent=1).encode())
     say(f"{folder} is written; in Python: AutoModelForCausalLM.from_pretrained({s.folder!r})")
-
-@torch.no_grad()
-def stack(parts, turned):
-    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return whole.mT if turned else whole
 
 # --- Command line --------------------------------------------------------------------------------
 # Reports go to stdout, notices to stderr, and nothing that is wrong with them ends a run.
@@ -2472,29 +1966,9 @@ def notice(text):
     with contextlib.suppress(OSError, ValueError):
         print(f"gpt.py: {text}", file=sys.stderr, flush=True)
 
-class Progress:
-    """A notice every two seconds, and none for what is done sooner."""
-    def __init__(self, what):
-        self.what, self.shown = what, time.monotonic()
-
-    def say(self, text):
-        if time.monotonic() - self.shown > 2:
-            self.shown = time.monotonic()
-            notice(f"{self.what}: {text}")
-
 def first_line(e):
     """What an exception says, in one short line."""
     return (str(e).strip() or repr(e)).splitlines()[0][:99]
-
-def shell(name, **given):
-    """A command as one writes it here: in a shell or, if that is where we are, in a notebook."""
-    given = {key: value if value is True else str(value) for key, value in given.items()
-             if str(value) != Training.out}
-    if not hasattr(sys.modules["__main__"], "__file__"):
-        return f"{name}({', '.join(f'{key}={value!r}' for key, value in given.items())})"
-    flags = [f"--{key}" if value is True else f"--{key} {shlex.quote(value)}"
-             for key, value in given.items()]
-    return " ".join(["python gpt.py", name, *flags])
 
 class Once(argparse.Action):
     """An option that may be given once."""
@@ -2503,42 +1977,31 @@ class Once(argparse.Action):
             parser.error(f"{option} is given twice")
         setattr(namespace, self.dest, value)
 
-class Help(argparse.HelpFormatter):
-    def _format_action_invocation(self, action):
-        """`--n-layer N` alone: that `--n_layer` is taken too need not be said each time."""
-        shown = super()._format_action_invocation(action).split(", ")
-        return ", ".join(part for part in shown if "_" not in part.split(" ")[0])
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        if "expected one argument" in message:
-            message += "; one that begins with - is given as in --stop=---"
-        raise Error(f"{message} (--help lists what there is)")
+        raise Error(f"{message} (--help lists what there is; a text may follow =, as --stop=---)")
 
 def make_parser():
     parser = Parser(prog="gpt.py", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for command, function in COMMANDS.items():
         about = dict(help=function.__doc__, description=function.__doc__, allow_abbrev=False)
-        sub = commands.add_parser(command, formatter_class=Help, **about)
+        sub = commands.add_parser(command, usage=f"gpt.py {command} [options]", **about)
         for name in function.__signature__.parameters:
             f = function.settings.__dataclass_fields__[name]
             default = " ".join(f.default) if f.type is list else f.default
             shown = "" if default in (None, "") else f" [{default}]"
-            help = f.metadata["help"].replace("%", "%%") + shown
-            about = dict(help=help, default=argparse.SUPPRESS)
-            flags = dict.fromkeys(["--" + name.replace("_", "-"), "--" + name])
+            about = dict(help=f.metadata["help"].replace("%", "%%") + shown,
+                         default=argparse.SUPPRESS, action=Once)
             if f.type is bool:
-                sub.add_argument(*flags, action=argparse.BooleanOptionalAction, **about)
-                continue
-            kind = {str: "TEXT", list: "TEXT", int: "N", float: "X"}[f.type]
-            about["metavar"] = "|".join(f.metadata["choices"]) or kind
-            if name == "folder":  # export's, without a flag
-                sub.add_argument(name, **about)
+                about["action"] = argparse.BooleanOptionalAction
             elif f.type is list:
-                sub.add_argument(*flags, nargs="+", action="extend", **about)
-            else:
-                sub.add_argument(*flags, action=Once, **about)
+                about |= dict(nargs="+", action="extend")
+            if f.type is not bool:
+                kind = {int: "N", float: "X"}.get(f.type, "TEXT")
+                about["metavar"] = "|".join(f.metadata["choices"]) or kind
+            flags = dict.fromkeys(["--" + name.replace("_", "-"), "--" + name])
+            sub.add_argument(*[name] if name == "folder" else flags, **about)  # export's
     return parser
 
 def main(argv=None):
@@ -2550,10 +2013,11 @@ def main(argv=None):
         given, unknown = make_parser().parse_known_args(argv)
         given = vars(given)
         function = COMMANDS[given.pop("command")]
-        for word in sorted(unknown, key=lambda word: not word.startswith("--")):
-            if not word.startswith("--"):
-                raise Error(f"{quote(word)} was not expected here; a text is given with --data")
-            function(**{word[2:].split("=")[0].replace("-", "_"): None})  # says what is close to it
+        for word in unknown:
+            if word.startswith("--"):  # the settings know what is close to it
+                function(**{word[2:].split("=")[0].replace("-", "_"): None})
+        if unknown:
+            raise Error(f"{unknown[0]!r:.100} was not expected; a text to learn is --data's")
         train.started = STARTED if argv is None else None
         result = function(**given)
         stop = result.get("signal") if isinstance(result, dict) else 0

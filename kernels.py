@@ -1,18 +1,16 @@
+# SPDX-License-Identifier: MIT
 """Fused GPU kernels for gpt.py, which trains and samples without them too.
 
     softmax(x)                                the gentlest kernel: one row, one program
     attention_triton, attention_cuda          softmax(q k^T / sqrt(D)) v without a T x T matrix
     linear_cross_entropy(x, weight, targets)  the training loss without N x V logits
     choose(device, dtype, shape)              the attention that runs here, is right, is fastest
-
-`python kernels.py [--json FILE]` checks and times all of them on this machine.
+    python kernels.py [--json]                checks and times all of them on this machine
 
 B batch, H query heads, H_kv key heads (H_kv divides H), TQ queries, TK keys, D head size, N rows,
-C channels, V vocabulary. m, l and acc are the running maximum, sum and output of the papers: the
-online softmax (arxiv.org/abs/1805.02867), FlashAttention-2 (2307.08691). LSE is m + log2(l).
-"""
-# SPDX-License-Identifier: MIT
-import argparse, ctypes, functools, json, os, struct, time, warnings
+C channels, V vocabulary. m, l and acc are the running maximum, sum and output of the papers: online
+softmax (arxiv.org/abs/1805.02867), FlashAttention-2 (2307.08691). LSE is m + log2(l)."""
+import ctypes, functools, json, os, struct, sys, time, warnings
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # nothing here needs it
 import torch
@@ -50,19 +48,16 @@ def launch(kernel, grid, *args, **constants):
         kernel[grid](*args, enable_fp_fusion=True, **constants)  # a * b + c in one instruction
 
 def fused_softmax(x):
-    """A row sits in the registers of one program: the longer it is, the more warps share it."""
     x, n = x.contiguous(), x.shape[-1]
-    y, block = torch.empty_like(x), triton.next_power_of_2(n)
+    y, block = torch.empty_like(x), triton.next_power_of_2(n)  # a row sits in one program
     warps = min(max(block // 512, 1), 16)
     launch(softmax_kernel, (x.numel() // n,), x, y, n, BLOCK=block, num_warps=warps)
     return y
 
 def softmax(x):
-    """Softmax over the last dimension; by the kernel where it runs, a row fits and no gradient is
-    asked for, else by torch."""
+    """Over the last dimension; by torch where the kernel, a row or a gradient does not fit."""
     fits = x.numel() and x.shape[-1] <= 16384 and not (x.requires_grad and torch.is_grad_enabled())
-    fits = fits and row_kernels_work(x.device, x.dtype)
-    return fused_softmax(x) if fits else torch.softmax(x, -1)
+    return fused_softmax(x) if fits and row_kernels_work(x.device, x.dtype) else x.softmax(-1)
 
 # --- Attention, the readable way, and torch's ----------------------------------------------------
 
@@ -99,51 +94,46 @@ def attention_sdpa(q, k, v, causal=True, scale=None):
 # O = softmax(Q K^T * scale) V, and LSE (B, H, TQ) for the backward pass. The formula above writes
 # and reads (B, H, TQ, TK) four times; here one program owns BM queries of one head and walks over
 # the keys, BN at a time. It keeps, per query, the maximum m so far, the sum l of 2^(s - m), and
-# acc, the sum of 2^(s - m) v; a new maximum rescales both. DP is D rounded up to a power of two.
+# acc, the sum of 2^(s - m) v; a new maximum rescales both.
 
 @jit
-def load_rows(X, stride, start, n_rows, ROWS: constexpr, D: constexpr, DP: constexpr):
-    """Tile (ROWS, DP) from row `start` of a matrix (n_rows, D), 0 beyond it. Only the tile's
+def load_rows(X, stride, start, n_rows, ROWS: constexpr, D: constexpr):
+    """Tile (ROWS, D) from row `start` of a matrix (n_rows, D), 0 beyond it. Only the tile's
     origin is a 64-bit offset: within it 32 bits do, and save registers."""
-    i, d = tl.arange(0, ROWS)[:, None], tl.arange(0, DP)[None, :]
+    i, d = tl.arange(0, ROWS)[:, None], tl.arange(0, D)[None, :]
     place = X + tl.cast(start, tl.int64) * stride + (i * stride + d)
-    return tl.load(place, mask=(i < n_rows - start) & (d < D), other=0.0)
+    return tl.load(place, mask=i < n_rows - start, other=0.0)
 
 @jit
-def store_rows(X, stride, start, n_rows, tile, D: constexpr):
+def store_rows(X, stride, start, n_rows, tile):
     i, d = tl.arange(0, tile.shape[0])[:, None], tl.arange(0, tile.shape[1])[None, :]
     place = X + tl.cast(start, tl.int64) * stride + (i * stride + d)
-    tl.store(place, tile, mask=(i < n_rows - start) & (d < D))  # rounded to X's type
+    tl.store(place, tile, mask=i < n_rows - start)  # rounded to X's type
 
 @jit
-def my_queries(H, H_kv, TQ, TK, D: constexpr, BM: constexpr, CAUSAL: constexpr):
+def my_queries(H, H_kv, TQ, TK, D: constexpr, BM: constexpr):
     """Of this program: first query, head, where that begins in Q and in K, where its keys end."""
     m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM  # the last queries see most: they start
     head = tl.program_id(1).to(tl.int64)  # 64 bits, and so is every offset made from it
     b, h = head // H, head % H
-    stop = tl.minimum(TK, m0 + BM + TK - TQ) if CAUSAL else TK
+    stop = tl.minimum(TK, m0 + BM + TK - TQ)
     return m0, head, (b * TQ * H + h) * D, (b * TK * H_kv + h // (H // H_kv)) * D, stop
 
 @jit
-def visible(row, n, TQ, TK, CAUSAL: constexpr):
-    """Which keys a query that exists may see. Causal is aligned bottom-right."""
-    return n <= row + TK - TQ if CAUSAL else n + 0 * row < TK
-
-@jit
-def attention_forward_kernel(Q, K, V, O, LSE, H, H_kv, TQ, TK, scale, D: constexpr, DP: constexpr,
-                             BM: constexpr, BN: constexpr, CAUSAL: constexpr):
-    m0, head, own, walked, stop = my_queries(H, H_kv, TQ, TK, D, BM, CAUSAL)
+def attention_forward_kernel(Q, K, V, O, LSE, H, H_kv, TQ, TK, scale, D: constexpr,
+                             BM: constexpr, BN: constexpr):
+    m0, head, own, walked, stop = my_queries(H, H_kv, TQ, TK, D, BM)
     row, scale_log2 = m0 + tl.arange(0, BM), scale * 1.44269504  # e^x = 2^(x log2(e))
-    q = load_rows(Q + own, H * D, m0, TQ, BM, D, DP)
+    q = load_rows(Q + own, H * D, m0, TQ, BM, D)
     m = tl.full([BM], -1e30, tl.float32)  # not -inf: with no key yet, -inf - -inf would be NaN
     l = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, DP], tl.float32)
+    acc = tl.zeros([BM, D], tl.float32)
     for n0 in range(0, stop, BN):
         n = n0 + tl.arange(0, BN)
-        k = load_rows(K + walked, H_kv * D, n0, TK, BN, D, DP)
-        v = load_rows(V + walked, H_kv * D, n0, TK, BN, D, DP)
+        k = load_rows(K + walked, H_kv * D, n0, TK, BN, D)
+        v = load_rows(V + walked, H_kv * D, n0, TK, BN, D)
         s = tl.dot(q, tl.trans(k))
-        s = tl.where(visible(row[:, None], n[None, :], TQ, TK, CAUSAL), s, float("-inf"))
+        s = tl.where(n[None, :] <= row[:, None] + TK - TQ, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
         p = tl.exp2(s * scale_log2 - m_new[:, None])  # a multiply-add and an exp2 each
         alpha = tl.exp2(m - m_new)
@@ -153,7 +143,7 @@ def attention_forward_kernel(Q, K, V, O, LSE, H, H_kv, TQ, TK, scale, D: constex
     # A query without keys gives 0, and LSE = inf makes its weights 0 in the backward pass.
     lse = tl.where(l > 0, m + tl.log2(l), float("inf"))
     tl.store(LSE + head * TQ + row, lse, mask=row < TQ)
-    store_rows(O + own, H * D, m0, TQ, acc / tl.where(l > 0, l, 1.0)[:, None], D)
+    store_rows(O + own, H * D, m0, TQ, acc / tl.where(l > 0, l, 1.0)[:, None])
 
 # With S = Q K^T * scale, P = softmax(S), O = P V and the gradient dO:
 #     dV = P^T dO   dP = dO V^T   dS = P * (dP - delta)   dQ = scale * dS K   dK = scale * dS^T Q
@@ -163,67 +153,66 @@ def attention_forward_kernel(Q, K, V, O, LSE, H, H_kv, TQ, TK, scale, D: constex
 
 @jit
 def attention_dq_kernel(Q, K, V, DO, DQ, LSE, DELTA, H, H_kv, TQ, TK, scale, D: constexpr,
-                        DP: constexpr, BM: constexpr, BN: constexpr, CAUSAL: constexpr):
-    m0, head, own, walked, stop = my_queries(H, H_kv, TQ, TK, D, BM, CAUSAL)
+                        BM: constexpr, BN: constexpr):
+    m0, head, own, walked, stop = my_queries(H, H_kv, TQ, TK, D, BM)
     row, scale_log2 = m0 + tl.arange(0, BM), scale * 1.44269504
-    q = load_rows(Q + own, H * D, m0, TQ, BM, D, DP)
-    do = load_rows(DO + own, H * D, m0, TQ, BM, D, DP)
+    q = load_rows(Q + own, H * D, m0, TQ, BM, D)
+    do = load_rows(DO + own, H * D, m0, TQ, BM, D)
     delta = tl.load(DELTA + head * TQ + row, mask=row < TQ, other=0.0)
     lse = tl.load(LSE + head * TQ + row, mask=row < TQ, other=float("inf"))
-    dq = tl.zeros([BM, DP], tl.float32)
+    dq = tl.zeros([BM, D], tl.float32)
     for n0 in range(0, stop, BN):
         n = n0 + tl.arange(0, BN)
-        k = load_rows(K + walked, H_kv * D, n0, TK, BN, D, DP)
-        v = load_rows(V + walked, H_kv * D, n0, TK, BN, D, DP)
+        k = load_rows(K + walked, H_kv * D, n0, TK, BN, D)
+        v = load_rows(V + walked, H_kv * D, n0, TK, BN, D)
         p = tl.exp2(tl.dot(q, tl.trans(k)) * scale_log2 - lse[:, None])
-        p = tl.where(visible(row[:, None], n[None, :], TQ, TK, CAUSAL), p, 0.0)
+        p = tl.where(n[None, :] <= row[:, None] + TK - TQ, p, 0.0)
         ds = p * (tl.dot(do, tl.trans(v)) - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq)
-    store_rows(DQ + own, H * D, m0, TQ, dq * scale, D)
+    store_rows(DQ + own, H * D, m0, TQ, dq * scale)
 
 @jit
 def attention_dkv_kernel(Q, K, V, DO, DK, DV, LSE, DELTA, H, H_kv, TQ, TK, scale, D: constexpr,
-                         DP: constexpr, BM: constexpr, BN: constexpr, CAUSAL: constexpr):
+                         BM: constexpr, BN: constexpr):
     n0, head = tl.program_id(0) * BN, tl.program_id(1).to(tl.int64)
     b, h_kv = head // H_kv, head % H_kv
     own = (b * TK * H_kv + h_kv) * D
     n, scale_log2 = n0 + tl.arange(0, BN), scale * 1.44269504
-    k = load_rows(K + own, H_kv * D, n0, TK, BN, D, DP)
-    v = load_rows(V + own, H_kv * D, n0, TK, BN, D, DP)
-    dk = tl.zeros([BN, DP], tl.float32)
-    dv = tl.zeros([BN, DP], tl.float32)
-    first = tl.maximum(n0 + TQ - TK, 0) // BM * BM if CAUSAL else 0  # the first to see our keys
+    k = load_rows(K + own, H_kv * D, n0, TK, BN, D)
+    v = load_rows(V + own, H_kv * D, n0, TK, BN, D)
+    dk = tl.zeros([BN, D], tl.float32)
+    dv = tl.zeros([BN, D], tl.float32)
+    first = tl.maximum(n0 + TQ - TK, 0) // BM * BM  # the first queries to see our keys
     for h in range(h_kv * (H // H_kv), (h_kv + 1) * (H // H_kv)):  # the heads of the group
         walked, head = (b * TQ * H + h) * D, (b * H + h) * TQ
         for m0 in range(first, TQ, BM):
             row = m0 + tl.arange(0, BM)
-            q = load_rows(Q + walked, H * D, m0, TQ, BM, D, DP)
-            do = load_rows(DO + walked, H * D, m0, TQ, BM, D, DP)
+            q = load_rows(Q + walked, H * D, m0, TQ, BM, D)
+            do = load_rows(DO + walked, H * D, m0, TQ, BM, D)
             lse = tl.load(LSE + head + row, mask=row < TQ, other=float("inf"))  # beyond: weights 0
             delta = tl.load(DELTA + head + row, mask=row < TQ, other=0.0)
             # Tiles are transposed, (BN, BM): P^T and dS^T are left operands as they are.
             pt = tl.exp2(tl.dot(k, tl.trans(q)) * scale_log2 - lse[None, :])
-            pt = tl.where(visible(row[None, :], n[:, None], TQ, TK, CAUSAL), pt, 0.0)
+            pt = tl.where(n[:, None] <= row[None, :] + TK - TQ, pt, 0.0)
             dv = tl.dot(pt.to(do.dtype), do, dv)
             dst = pt * (tl.dot(v, tl.trans(do)) - delta[None, :])
             dk = tl.dot(dst.to(q.dtype), q, dk)
-    store_rows(DK + own, H_kv * D, n0, TK, dk * scale, D)
-    store_rows(DV + own, H_kv * D, n0, TK, dv, D)
+    store_rows(DK + own, H_kv * D, n0, TK, dk * scale)
+    store_rows(DV + own, H_kv * D, n0, TK, dv)
 
-# (BM, BN, warps, stages) of forward, dQ and dK/dV, by DP. Constants, not autotune: no search, the
+# (BM, BN, warps, stages) of forward, dQ and dK/dV, by D. Constants, not autotune: no search, the
 # same bits in every run. They fit the 99 KB of shared memory of an RTX 30 to 50.
 TILES = {64: ((128, 64, 4, 3), (128, 32, 8, 2), (32, 128, 8, 2)),
          128: ((128, 64, 8, 2), (128, 32, 8, 2), (16, 128, 8, 2))}
 
-def launch_triton(which, tensors, causal, scale):
+def launch_triton(which, tensors, scale):
     """Kernel 0, 1 or 2: forward, dQ, dK/dV. The first two tensors are q and k."""
     kernel = (attention_forward_kernel, attention_dq_kernel, attention_dkv_kernel)[which]
     (B, TQ, H, D), (_, TK, H_kv, _) = tensors[0].shape, tensors[1].shape
-    DP = max(triton.next_power_of_2(D), 16)  # what tl.dot can multiply
-    BM, BN, warps, stages = TILES[max(DP, 64)][which]
+    BM, BN, warps, stages = TILES[max(D, 64)][which]
     grid = (triton.cdiv(TK, BN), B * H_kv) if which == 2 else (triton.cdiv(TQ, BM), B * H)
-    launch(kernel, grid, *tensors, H, H_kv, TQ, TK, scale, D=D, DP=DP, BM=BM, BN=BN,
-           CAUSAL=causal, num_warps=warps, num_stages=stages)
+    launch(kernel, grid, *tensors, H, H_kv, TQ, TK, scale, D=D, BM=BM, BN=BN, num_warps=warps,
+           num_stages=stages)
 
 # --- Attention in CUDA C++, for Turing -----------------------------------------------------------
 
@@ -333,7 +322,7 @@ INLINE void store(u16 *out, i64 stride, int row, int rows, const Result c, float
 // LSE and DELTA are (B, H, TQ). Grid (ceil(owned rows / 64), B * H).
 struct Attention {
     const u16 *Q, *K, *V, *DO; u16 *O, *DQ, *DK, *DV; float *LSE, *DELTA;
-    int H, TQ, TK, causal; float scale;
+    int H, TQ, TK; float scale;
 };
 template <bool BACKWARD, bool KEYS> INLINE void walk(const Attention &A) {  // KEYS: we own keys
     __shared__ __align__(16) u16 walked1[D * LD], walked2[D * LD];
@@ -360,8 +349,8 @@ template <bool BACKWARD, bool KEYS> INLINE void walk(const Attention &A) {  // K
     __syncthreads();
     load_left(own1, walked1), load_left(own2, walked2);
 
-    const int first = KEYS && A.causal ? max(0, row0 - offset) / D * D : 0;
-    const int stop = !KEYS && A.causal ? min(n, row0 + D + offset) : n;
+    const int first = KEYS ? max(0, row0 - offset) / D * D : 0;
+    const int stop = KEYS ? n : min(n, row0 + D + offset);
     for (int n0 = first; n0 < stop; n0 += D) {
         __syncthreads();         // nobody still reads what we are about to overwrite
         load_tile(walked1, KEYS ? Q : K, stride, n0, n);
@@ -374,8 +363,7 @@ template <bool BACKWARD, bool KEYS> INLINE void walk(const Attention &A) {  // K
         FOR(j, 8) FOR(e, 4) {
             const int row = ROW + e / 2 * 8, col = j * 8 + COL + e % 2, i = KEYS ? col : row;
             const int query = KEYS ? n0 + col : row0 + row, key = KEYS ? row0 + row : n0 + col;
-            const bool hidden = key >= A.TK || (A.causal && key > query + offset);
-            p[j][e] = hidden ? -INF : p[j][e] * scale_log2;
+            p[j][e] = key > query + offset ? -INF : p[j][e] * scale_log2;
             if (BACKWARD) p[j][e] = exp2f(p[j][e] - lse[i]);
             if (BACKWARD) ds[j][e] = p[j][e] * (ds[j][e] - delta[i]);
         }
@@ -457,31 +445,30 @@ def softmax_cuda(x):
     launch_cuda("softmax_rows", (-(-rows // 4), 1), "PPii", x, y, rows, n)
     return y
 
-def launch_walk(name, tensors, causal, scale):
+def launch_walk(name, tensors, scale):
     (B, TQ, H, _), TK = tensors[0].shape, tensors[1].shape[1]  # of q and k, with as many heads
     blocks = -(-(TK if name == "attention_dkv" else TQ) // 64)
-    launch_cuda(name, (blocks, B * H), "10P4if", *tensors, H, TQ, TK, causal, scale)
+    launch_cuda(name, (blocks, B * H), "10P3if", *tensors, H, TQ, TK, scale)
 
 # --- Attention as differentiable ops -------------------------------------------------------------
 
 def as_rows(*tensors):
     """As the kernels read them: contiguous, and from multiples of 16 bytes."""
-    tensors = [x.contiguous() for x in tensors]
-    return [x.clone() if x.data_ptr() % 16 else x for x in tensors]
+    return [x.clone() if x.data_ptr() % 16 else x for x in (x.contiguous() for x in tensors)]
 
 def op(function):
     """One opaque op: torch.compile keeps its graph whole, and does not look inside."""
     return torch.library.custom_op(f"gpt_kernels::{function.__name__}", function, mutates_args=())
 
 @op
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float,
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float,
                       impl: str) -> tuple[Tensor, Tensor]:
     q, k, v = as_rows(q, k, v)
     o, LSE = fake_attention(q)
     if impl == "triton":
-        launch_triton(0, (q, k, v, o, LSE), causal, scale)
+        launch_triton(0, (q, k, v, o, LSE), scale)
     else:  # of a struct for three kernels this one touches five fields
-        launch_walk("attention_forward", (q, k, v, q, o, o, o, o, LSE, LSE), causal, scale)
+        launch_walk("attention_forward", (q, k, v, q, o, o, o, o, LSE, LSE), scale)
     return o, LSE
 
 @attention_forward.register_fake
@@ -491,17 +478,17 @@ def fake_attention(q, *rest):
 
 @op
 def attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, LSE: Tensor,
-                       causal: bool, scale: float, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+                       scale: float, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, o, do = as_rows(q, k, v, o, do)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     # torch's sum also gives autograd's thread the context that a launch of our own needs.
     delta = (o * do).sum(-1, dtype=torch.float32).transpose(1, 2).contiguous()
     if impl == "triton":
-        launch_triton(1, (q, k, v, do, dq, LSE, delta), causal, scale)
-        launch_triton(2, (q, k, v, do, dk, dv, LSE, delta), causal, scale)
-        return dq, dk, dv
-    for name in ("attention_dq", "attention_dkv"):
-        launch_walk(name, (q, k, v, do, o, dq, dk, dv, LSE, delta), causal, scale)
+        launch_triton(1, (q, k, v, do, dq, LSE, delta), scale)
+        launch_triton(2, (q, k, v, do, dk, dv, LSE, delta), scale)
+    else:
+        launch_walk("attention_dq", (q, k, v, do, o, dq, dk, dv, LSE, delta), scale)
+        launch_walk("attention_dkv", (q, k, v, do, o, dq, dk, dv, LSE, delta), scale)
     return dq, dk, dv
 
 attention_backward.register_fake(lambda do, *rest: tuple(x.new_empty(x.shape) for x in rest[:3]))
@@ -511,23 +498,22 @@ def save_attention(ctx, inputs, output):
     ctx.save_for_backward(q, k, v, *output)
 
 def grad_attention(ctx, do, _):
-    return *attention_backward(do, *ctx.saved_tensors, *ctx.options), None, None, None
+    return *attention_backward(do, *ctx.saved_tensors, *ctx.options), None, None
 
 attention_forward.register_autograd(grad_attention, setup_context=save_attention)
 
 def fused_attention(q, k, v, causal=True, scale=None, *, impl):
-    """As attention_reference, by the kernels of `impl`."""
+    """As attention_reference, by the kernels of `impl`. What no GPT trains with is torch's: one
+    query, which only reads the cache; no mask; a scale that turns a maximum into a minimum."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if q.shape[1] == 1 or scale <= 0:  # one query only reads the cache; kernels scale a maximum
+    if q.shape[1] == 1 or not causal or scale <= 0:
         return attention_sdpa(q, k, v, causal, scale)
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if k.shape != v.shape or q.shape[::3] != k.shape[::3] or not q.dtype == k.dtype == v.dtype:
+    k, v = k.to(q.dtype), v.to(q.dtype)  # a cache may be wider
+    if k.shape != v.shape or q.shape[::3] != k.shape[::3]:
         raise ValueError("q, k and v do not fit together")
     if impl == "cuda":
         k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
-    return attention_forward(q, k, v, causal, scale, impl)[0]
+    return attention_forward(q, k, v, scale, impl)[0]
 
 attention_triton = functools.partial(fused_attention, impl="triton")
 attention_cuda = functools.partial(fused_attention, impl="cuda")
@@ -537,21 +523,17 @@ attention_cuda = functools.partial(fused_attention, impl="cuda")
 # loss = mean over the valid rows of logsumexp(z) - z[target], z = x W^T, for x (N, C), W (V, C).
 # The logits z and their gradient are far larger than the activations of the model. Here they exist
 # for one slice of rows at a time: its gradient p - onehot takes its place and is multiplied into
-# dx and dW, which the backward pass only scales. p - onehot is of order one, which fp16 can hold;
-# divided by the number of rows it would vanish.
+# dx and dW, which the backward pass only scales: in fp16, divided by N, it would vanish.
 SLICE = 2 ** 24  # logits in a slice (64 MB in fp32). Fewer than this altogether: the plain formula
 
 # One program a row: the online softmax, then the logits become their gradient. Rows are `stride`
-# apart, a multiple of 128 bytes. Loads are 128 bits wide only where their mask ends at such a
-# place too: so they run to the stride, and what lies beyond n is masked by value.
+# apart, a multiple of 128 bytes, and loads run to there, for only so are they 128 bits wide.
 @jit
 def cross_entropy_kernel(Z, TARGETS, LOSS, stride, n, ignore_index, GRAD: constexpr,
                          BLOCK: constexpr):
     row = tl.program_id(0).to(tl.int64)
-    Z += row * stride
-    target = tl.load(TARGETS + row)
-    valid = target != ignore_index
-    m, l = -1e30, 0.0
+    Z, target = Z + row * stride, tl.load(TARGETS + row)
+    valid, m, l = target != ignore_index, -1e30, 0.0
     for start in range(0, stride, BLOCK):
         i = start + tl.arange(0, BLOCK)
         z = tl.load(Z + i, mask=i < stride, other=0.0).to(tl.float32)
@@ -573,7 +555,7 @@ def cross_entropy_kernel(Z, TARGETS, LOSS, stride, n, ignore_index, GRAD: conste
 
 def fused_rows(z, targets, ignore_index, grad):
     """-> the loss of each row of logits z (n, V), 0 without a target; z becomes its gradient."""
-    loss = torch.empty(len(z), dtype=torch.float32, device=z.device)
+    loss = z.new_empty(len(z), dtype=torch.float32)
     block = min(4096, triton.next_power_of_2(z.shape[1]))
     launch(cross_entropy_kernel, (len(z),), z, targets, loss, z.stride(0), z.shape[1],
            ignore_index, GRAD=grad, BLOCK=block, num_warps=8)
@@ -590,10 +572,8 @@ def plain_rows(z, targets, ignore_index, grad):
 
 def add_product(dw, a, b):
     """dw += a b, in fp32 and without a temporary for 16-bit a and b too (torch 2.8, CUDA)."""
-    if dw.dtype == b.dtype:
-        return dw.addmm_(a, b)
     try:
-        torch.addmm(dw, a, b, out_dtype=dw.dtype, out=dw)
+        torch.addmm(dw, a, b, **{"out_dtype": dw.dtype} if dw.dtype != b.dtype else {}, out=dw)
     except (RuntimeError, TypeError, NotImplementedError):  # it leaves dw as it was
         dw += a @ b
 
@@ -653,25 +633,27 @@ def linear_cross_entropy(x, weight, targets, ignore_index=-1):
 # --- Which kernels: can they run, are they right, are they faster --------------------------------
 
 def cannot_run(impl, device, dtype, D=0, heads=1):
-    """Why kernels of this kind cannot run here, or ""; for attention with its D. What a driver,
-    a compiler or a package lacks shows when they are tried."""
-    interpreted = impl == "triton" and INTERPRET
-    if device.type != ("cpu" if interpreted else "cuda"):
-        return f"the device is {device.type}"
+    """Why kernels of this kind cannot run here, or ""; for attention with its D. What a driver, a
+    compiler or a package lacks shows when they are tried."""
     if impl == "triton" and triton is None:
         return "Triton is not installed"
-    if not interpreted and not torch.version.cuda:
-        return "nobody has tried these kernels on ROCm"
+    interpreted = impl == "triton" and INTERPRET and dtype != torch.bfloat16
+    if not interpreted and (device.type != "cuda" or not torch.version.cuda):
+        return f"it is made for NVIDIA's GPUs, the device is {device.type}"
+    needs, least = "fp16 or bf16, heads of 16, 32, 64 or 128", (8, 0)  # Triton's tensor cores, bf16
+    fits = (dtype in HALF or interpreted) and D in (16, 32, 64, 128)
     if impl == "cuda":
-        needs, dtypes, sizes, least = "fp16, heads of 64", HALF[:1], (0, 64), (7, 5)
-    elif interpreted or not D and dtype != torch.bfloat16:
-        needs, dtypes, sizes, least = "fp16 or fp32", (HALF[0], torch.float32), range(129), (7, 5)
-    else:  # below 8.0 Triton has no tensor-core instructions and no bf16
-        needs, dtypes, sizes, least = "fp16 or bf16, heads up to 128", HALF, range(129), (8, 0)
-    capable = interpreted or torch.cuda.get_device_capability(device) >= least
-    if capable and dtype in dtypes and D in sizes and heads < 2 ** 16:  # what a grid can hold
-        return ""
-    return f"{impl} needs capability {least[0]}.{least[1]}, {needs}"
+        needs, least, fits = "fp16, heads of 64", (7, 5), dtype == torch.float16 and D in (0, 64)
+    elif not D:
+        least, fits = (8, 0) if dtype == torch.bfloat16 else (7, 5), dtype in (*HALF, torch.float32)
+    able = interpreted or torch.cuda.get_device_capability(device) >= least
+    return "" if able and fits and heads < 2 ** 16 else f"it needs {needs}, capability {least}"
+
+def worst_error(ours, truth):
+    """The largest |a - b| / |b|; where b is 0, beside the first of them, the output."""
+    ours, truth = ([x.detach().cpu().double() for x in tensors] for tensors in (ours, truth))
+    errors = [(a - b).norm() / max(b.norm(), truth[0].norm()) for a, b in zip(ours, truth)]
+    return torch.stack(errors).max().item()
 
 def what_is_wrong(run, reference):
     """How run() differs from reference(), or "". Kernels have been known to compile and to give
@@ -683,12 +665,6 @@ def what_is_wrong(run, reference):
     except Exception as error:  # a compiler or driver that does not suit this GPU or this torch
         return f"it fails, {error!r:.200}"
     return "" if error < 0.02 else f"it is {error:.1e} away"  # bf16 comes to 0.006
-
-def worst_error(ours, truth):
-    """The largest |a - b| / |b|; where b is 0, beside the first of them, the output."""
-    ours, truth = ([x.detach().cpu().double() for x in tensors] for tensors in (ours, truth))
-    errors = [(a - b).norm() / max(b.norm(), truth[0].norm()) for a, b in zip(ours, truth)]
-    return torch.stack(errors).max().item()
 
 @functools.lru_cache(None)
 def row_kernels_work(device, dtype):
@@ -716,9 +692,8 @@ def with_gradients(function, inputs):
 def trials(names, device, dtype, B, TQ, TK, H, H_kv, D):
     """A call for each of these attentions, forward and backward, on the same inputs."""
     shapes = (B, TQ, H, D), (B, TK, H_kv, D), (B, TK, H_kv, D)
-    generator = torch.Generator(device).manual_seed(0)
-    inputs = [torch.randn(s, device=device, generator=generator).to(dtype) for s in shapes]
-    return [with_gradients(ATTENTION[n], [x.requires_grad_() for x in inputs]) for n in names]
+    inputs = [torch.randn(s, device=device).to(dtype).requires_grad_() for s in shapes]
+    return [with_gradients(ATTENTION[name], inputs) for name in names]
 
 def milliseconds(run):
     """The median of ten, after three to warm up."""
@@ -740,22 +715,16 @@ def choose(device, dtype, shape, impl="auto"):
     """-> (function of q, k, v, why): the attention for `shape` = (B, T, H, H_kv, D). A forced
     `impl` (triton, cuda, sdpa, plain) that cannot run here raises ValueError with the reason."""
     device, (B, T, H, H_kv, D), auto = torch.device(device), shape, impl == "auto"
-    name, other, times = impl, "sdpa", []
     cases = [(1, 208, 208, 4, 2, D)]  # a multiple of 16, as a context is, but not of a tile
-    if not auto and impl not in ATTENTION:
-        raise ValueError(f"choose one of auto, {', '.join(ATTENTION)}; not {impl!r}")
-    if impl in ("sdpa", "plain"):
-        return ATTENTION[impl], f"{impl} attention (as asked)"
-    if auto and device.type == "cpu":  # a rule: runs there repeat to the bit
-        name = "plain" if T <= 256 else "sdpa"
-        return ATTENTION[name], f"{name} attention (on a CPU, for a context of {T})"
+    name, other, times = impl, "sdpa", []
+    if impl in ("sdpa", "plain") or auto and device.type == "cpu":  # where runs repeat to the bit
+        name = ("plain" if T <= 256 else "sdpa") if auto else impl
+        return ATTENTION[name], f"{name} attention"
     if auto and device.type == "mps":  # where torch's own has been wrong for some lengths
         name, other = "sdpa", "plain"  # (github.com/pytorch/pytorch/issues/169222, 195910)
         cases = (B, T, T, H, H_kv, D), (B, 1, 33, H, H_kv, D)
     elif auto:
-        turing = device.type == "cuda" and torch.cuda.get_device_capability(device) == (7, 5)
-        name = "cuda" if turing else "triton"
-
+        name = "triton" if torch.cuda.get_device_capability(device) >= (8, 0) else "cuda"
     try:
         problem = "" if name == "sdpa" else cannot_run(name, device, dtype, D, B * H)
         for case in cases:
@@ -777,28 +746,25 @@ def choose(device, dtype, shape, impl="auto"):
 
 # --- python kernels.py ---------------------------------------------------------------------------
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description="Checks the kernels on this machine, times them.")
-    parser.add_argument("--json", metavar="FILE", help="write the table there too")
-    args, gpu, table = parser.parse_args(argv), torch.cuda.is_available() and not INTERPRET, []
+def main(argv):
+    """A line for each kernel: its error beside float64, its times, its rate."""
+    gpu, good = torch.cuda.is_available() and not INTERPRET, True
     device, dtype = torch.device("cuda" if gpu else "cpu"), torch.float16 if gpu else torch.float32
     def make(*shape):
         return torch.randn(shape, device=device).to(dtype).requires_grad_()
 
     B, T, H, D = (8, 2048, 16, 64) if gpu else (2, 208, 4, 64)
     N, C, V = (4096, 768, 50257) if gpu else (400, 64, 50257)
-    qkv, xw = [make(B, T, H, D) for _ in "qkv"], [make(N, C), make(V, C)]
-    x, targets = make(N, 2 * C).detach(), torch.arange(N, device=device)
-    fused = functools.partial(linear_cross_entropy, targets=targets)
-    plain = functools.partial(plain_loss, targets=targets)
+    qkv, x, targets = [make(B, T, H, D) for _ in "qkv"], make(N, C), torch.arange(N, device=device)
     cases = [("attention " + name, function, attention_reference, qkv, 2 * B * H * T * T * D)
              for name, function in ATTENTION.items()
              if name in ("sdpa", "plain") or not cannot_run(name, device, dtype, D)]
-    cases += [("softmax", softmax, functools.partial(torch.softmax, dim=-1), [x], 5 * x.numel()),
-              ("loss", fused, plain, xw, 2 * N * C * V),
-              ("loss torch", plain, plain, xw, 2 * N * C * V)]
+    cases += [("softmax", softmax, torch.nn.Softmax(-1), [x.detach()], 5 * N * C)]
+    cases += [(name, functools.partial(loss, targets=targets),
+               functools.partial(plain_loss, targets=targets), [x, make(V, C)], 2 * N * C * V)
+              for name, loss in (("loss", linear_cross_entropy), ("loss torch", plain_loss))]
     for name, function, formula, inputs, work in cases:
-        row = dict(name=name, ok=False)
+        row = {"name": name}
         try:
             few = [x[:1] for x in inputs] if "attention" in name else inputs
             wide = [x.detach().double().requires_grad_(x.requires_grad) for x in few]
@@ -807,15 +773,11 @@ def main(argv=None):
             row["forward_ms"] = milliseconds(torch.no_grad()(lambda: function(*inputs)))
             row["backward_ms"] = milliseconds(with_gradients(function, inputs)) - row["forward_ms"]
             row["tflops"] = work / row["forward_ms"] / 1e9
-            row["ok"] = row["error"] < (3e-2 if gpu else 1e-5)
+            good = good and row["error"] < (3e-2 if gpu else 1e-5)
         except Exception as error:  # the others still have something to say
-            row["failed"] = f"{error!r:.200}"
-        table.append(row)
-        print(*(f"{k} {v:.3g}" if isinstance(v, float) else v for k, v in row.items()), flush=True)
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(table, file, indent=1)
-    return 0 if all(row["ok"] for row in table) else 1
+            row["failed"], good = f"{error!r:.200}", False
+        print(json.dumps(row) if "--json" in argv else row, flush=True)
+    return 0 if good else 1
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(sys.argv))

@@ -2,7 +2,6 @@
 import contextlib, ctypes, functools, importlib.metadata, importlib.util, io
 import itertools, json, math, os, pickle, random, re, shlex, shutil, signal, socket, struct
 import subprocess, sys, tempfile, threading, time, types, zipfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -35,6 +34,7 @@ def own_folder(folder):
         patch.setattr(socket, "getaddrinfo", no_network)
         Path("text.txt").write_text(TEXT, "utf-8")
         torch.manual_seed(0)
+        torch.set_float32_matmul_precision("highest")
         yield folder
 
 @pytest.fixture(autouse=True)
@@ -45,15 +45,15 @@ def elsewhere(tmp_path):
 def train(**given):
     return gpt.train(**{**SMALL, "data": "text.txt", "steps": 6, **given})
 
-def files():
-    return {p: p.read_bytes() for p in Path().rglob("*") if p.is_file() and "cache" not in p.parts}
-
 def run_main(*words):
     """gpt.main -> (exit code, stdout, stderr)."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = gpt.main([str(word) for word in words])
     return code, out.getvalue(), err.getvalue()
+
+def files():
+    return {p: p.read_bytes() for p in Path().rglob("*") if p.is_file() and "cache" not in p.parts}
 
 def refused(*words, code=2):
     """The one line that a command ends with; it has changed no file."""
@@ -86,8 +86,8 @@ def weights(folder, name="ckpt.pt"):
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
-def log(folder="out"):
-    return [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+def log(folder="out", name="log.jsonl"):
+    return [json.loads(line) for line in Path(folder, name).read_text().splitlines()]
 
 def same(a, b):
     """Two runs ended with the same weights, by the same way."""
@@ -96,11 +96,14 @@ def same(a, b):
 
 def before_step(monkeypatch, step, act):
     real = gpt.Run.train_step
-    def train_step(run, *rest):
+    def train_step(run):
         if run.step == step:
-            act(run)
-        return real(run, *rest)
+            act()
+        return real(run)
     monkeypatch.setattr(gpt.Run, "train_step", train_step)
+
+def offline(*a, **k):
+    raise OSError("no network")
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
@@ -127,10 +130,10 @@ def test_a_command_receives_what_was_written(words, given, monkeypatch):
     (dict(size="gpt2", n_layer=3), dict(n_layer=3, n_head=12)),
     (dict(arch="gpt2", pos="rope"), dict(pos="rope", bias=True, n_kv_head=4)),
     (dict(arch="gpt2", size="gpt2"), dict(pos="learned", lr=2e-3)),
-    (dict(arch="bigram", size="gpt2"), dict(n_layer=0, lr=0.05)),
+    (dict(arch="bigram", device="meta"), dict(n_layer=0)),
     (dict(device="meta"), dict(size="baby", n_layer=6)), (dict(), dict(size="tiny"))])
 def test_a_flag_beats_size_which_beats_arch_which_beats_the_default(given, settled):
-    s = gpt.Training.from_given({"device": "cpu", **given})
+    s = gpt.Training.make({"device": "cpu", **given})
     assert settled == {name: getattr(s, name) for name in settled}
 
 BAD = {"empty.txt": b"", "one.txt": b"a", "bad.txt": b"fine \xff", "d/.hidden.txt": b"hidden",
@@ -138,17 +141,18 @@ BAD = {"empty.txt": b"", "one.txt": b"a", "bad.txt": b"fine \xff", "d/.hidden.tx
 
 @pytest.mark.parametrize("words, says", [
     ("--n-layr 3", "did you mean n_layer"), ("--n-embd 30", "not divisible"), ("word", "word"),
-    ("--n-layer -1", "n_layer is a whole number of at least 0"), ("--n-layer two", "whole number"),
-    ("--n-layer 2.5", "whole number"), ("--lr nan", "lr is"), ("--lr=-1", "lr is"),
-    ("--lr inf", "lr is"), ("--lr", "--lr"), ("--seed 18446744073709551616", "seed is"),
+    ("--n-layer -1", "n_layer must be of type int from 0"), ("--n-layer two", "type int"),
+    ("--n-layer 2.5", "type int"), ("--lr nan", "lr must"), ("--lr=-1", "lr must"),
+    ("--lr inf", "lr must"), ("--lr", "--lr"), ("--seed 18446744073709551616", "seed must"),
     ("--n-head 4 --n-kv-head 3", "multiple"), ("--n-embd 12 --n-head 4", "even"),
-    ("--mlp reglu", "relu2"), ("--batch-size 0", "at least 1"), ("--dropout 1", "at most 0.99"),
-    ("--momentum 1", "at most 0.999"), ("--steps 5 --minutes 1", "one of them"),
-    ("--steps 5 --steps 6", "twice"), ("--arch bigram --n-layer 2", "no layers"),
-    ("--data none.txt", "none.txt"), ("--data d", "d: there is no .txt"),
+    ("--mlp reglu", "relu2"), ("--batch-size 0", "from 1"), ("--dropout 1", "to 0.99"),
+    ("--momentum 1", "to 0.999"), ("--steps 5 --minutes 1", "one of them"),
+    ("--steps 5 --steps 6", "twice"), ("--epochs 3", "did you mean steps"),
+    ("--data none.txt", "none.txt"), ("--data d", "'d': no file"), ("--data /dev/null", "no file"),
     ("--data empty.txt", "too little text"), ("--data one.txt", "too little text"),
+    ("--block-size 5000", "too little text"),
     ("--data bad.txt", "bad.txt: not UTF-8"), ("--data bad.jsonl", "bad.jsonl: line 2"),
-    ("--data keys.jsonl", "content"), ("--data /dev/null", "pipe"), ("--vocab-size 5", "size 5"),
+    ("--data keys.jsonl", "line 1"), ("--vocab-size 5", "size 5"),
     ("--tokenizer bpe --vocab-size 100", "256"), ("--device quantum", "quantum"),
     ("--resume", "ckpt.pt"), ("--init none.pt", "No such file"), ("--out text.txt", "text.txt"),
     ("--init text.txt", "not a checkpoint"), ("--device cpu --attention triton", "triton: ")])
@@ -160,18 +164,14 @@ def test_a_bad_request_is_one_line_and_writes_nothing(words, says):
     assert says in refused("train", *data, *words.split()) and not Path("out").exists()
 
 @pytest.mark.parametrize("call, given, says", [
-    (gpt.train, dict(n_layr=3), "did you mean n_layer"), (gpt.sample, dict(stop=["a"]), "stop is"),
-    (gpt.train, dict(data="a long text " * 5000), "a long text"), (gpt.evaluate, {}, "no run"),
-    (gpt.sample, dict(temperature=-1), "temperature"), (gpt.sample, dict(prompt=b"x"), "prompt")])
+    (gpt.train, dict(n_layr=3), "did you mean n_layer"), (gpt.evaluate, {}, "no run"),
+    (gpt.train, dict(data="a long text " * 5000), "a long text"),
+    (gpt.sample, dict(stop=["a"]), "stop must"),
+    (gpt.sample, dict(temperature=-1), "temperature"), (gpt.train, dict(n_layer=2.5), "n_layer")])
 def test_a_bad_call_raises_one_short_line(call, given, says):
     with pytest.raises(ValueError, match=says) as e:
         call(**given)
     assert type(e.value) is gpt.Error and len(str(e.value)) < 300 and "\n" not in str(e.value)
-
-@pytest.mark.parametrize("seed", [0, 12345678901234567, 2 ** 64 - 1])
-def test_any_seed_of_64_bits_trains_and_samples(seed):
-    train(steps=2, seed=seed)
-    gpt.sample(tokens=3, seed=seed)
 
 # --- Tokenizers ----------------------------------------------------------------------------------
 
@@ -220,14 +220,6 @@ def test_bpe_joins_the_commonest_pair_each_time(bpe):
                     word[i:i + 2] = [token]
                 i += 1
 
-def test_bpe_learns_from_a_part_of_a_large_text_and_is_not_silent(monkeypatch, capsys):
-    """Guards against the whole lines of DNA or Chinese as "words", in memory and in time."""
-    monkeypatch.setattr(gpt.time, "monotonic", itertools.count(0, 3).__next__)
-    chunks = iter(["".join(random.choices("ACGT", k=100_000)) for _ in range(40)])
-    gpt.BPETokenizer.train(chunks, 260)
-    said = capsys.readouterr().err
-    assert next(chunks, None) and "bpe learns from" in said and "of 260" in said
-
 def test_end_of_text_is_ordinary_in_data_and_one_token_in_a_prompt(bpe):
     assert bpe.eot not in bpe.encode("<|endoftext|>")
     assert bpe.encode("<|endoftext|>", special=True).tolist() == [bpe.eot] == bpe.first
@@ -240,25 +232,18 @@ def test_gpt2_tokenizer_is_tiktokens(kind):
     for text in [*AWKWARD, "extraordinarily " * 50_000]:
         assert ours.encode(text).tolist() == reference.encode_ordinary(text)
 
-def test_gpt2_tokenizer_offline_names_the_files(monkeypatch):
-    def offline(name):
-        raise ConnectionError
+def test_what_cannot_be_downloaded_or_imported_is_one_line(monkeypatch):
     monkeypatch.setattr(pytest.importorskip("tiktoken"), "get_encoding", offline)
-    with pytest.raises(gpt.Error, match="TIKTOKEN_CACHE_DIR.*6d1cbeee0f20.*6c7ea1a7e38e"):
-        gpt.GPT2Tokenizer.train((), 0)
-
-@pytest.mark.parametrize("given", ["-", "@prompt.txt"])
-def test_a_prompt_is_utf8_without_the_line_end_that_echo_added(given, monkeypatch):
-    Path("prompt.txt").write_bytes("café\n\n".encode())
-    with open("prompt.txt", encoding="ascii") as stdin:
-        monkeypatch.setattr(sys, "stdin", stdin)
-        assert gpt.read_prompt(given, gpt.CharTokenizer("café\n"))[0] == "café\n"
+    assert "no network" in refused(*flags(tokenizer="gpt2"))
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    assert "pip install tiktoken" in refused(*flags(tokenizer="bpe"))
 
 # --- Model ---------------------------------------------------------------------------------------
 
 def make(arch="qwen3", **given):
     shape = dict(vocab_size=50, n_layer=2 * (arch != "bigram"), n_head=4, n_embd=32, block_size=16)
-    return gpt.build(gpt.Config.pick(gpt.ARCHS[arch] | shape | given))
+    given = gpt.ARCHS[arch] | shape | given
+    return gpt.GPT(gpt.Config(**{k: v for k, v in given.items() if hasattr(gpt.Config, k)}))
 
 def scramble(model):
     """Weights as if trained: nothing is zero."""
@@ -292,7 +277,7 @@ def test_cached_logits_are_the_uncached_ones_at_every_position(given):
     model, ids = scramble(make(**given)), torch.randint(50, (3, 16))
     cache, logits = gpt.KVCache(model, 3), model(ids)
     cached = [model(part, cache=cache) for part in ids.split([5, 1, 1, 6, 3], dim=1)]
-    assert torch.allclose(torch.cat(cached, dim=1), logits, atol=1e-4)
+    assert torch.allclose(torch.cat(cached, dim=1), logits, atol=1e-4) and cache.length == 16
     assert torch.allclose(model(ids, last=True), logits[:, -1:], atol=1e-5)
 
 @every_model
@@ -343,18 +328,15 @@ def test_rope_scores_depend_on_distance_alone():
     assert score(5, 3) == pytest.approx(score(40, 38), abs=1e-4)
     assert score(5, 3) != pytest.approx(score(5, 4), abs=1e-2)
 
-def test_activation_checkpointing_changes_no_gradient():
+def test_activation_checkpointing_changes_no_gradient_and_dropout_is_for_training_alone():
     model, ids, gradients = scramble(make(dropout=0.1)).train(), torch.randint(50, (2, 9)), []
     for model.checkpoint_activations in (False, True):
         torch.manual_seed(1)
         loss = model(ids[:, :-1], ids[:, 1:])
         gradients.append(torch.autograd.grad(loss, list(model.parameters())))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
-
-def test_dropout_is_for_training_alone():
-    model, ids = scramble(make(dropout=0.5)), torch.randint(50, (2, 9))
-    assert torch.equal(model(ids), model(ids))
-    assert not torch.allclose(model.train()(ids), model(ids), atol=1e-2)
+    assert not torch.allclose(model(ids), model(ids), atol=1e-3)
+    assert torch.equal(model.eval()(ids), model(ids))
 
 # --- Data ----------------------------------------------------------------------------------------
 
@@ -369,11 +351,12 @@ def test_files_folders_and_globs_are_read_as_they_are(monkeypatch):
     for name in ("d/.hidden.txt", "d/.git/x.txt", "d/gpt.py", "d/log.jsonl"):
         Path(name).write_text("no")
     Path("d/dangling.txt").symlink_to("nowhere")
-    Path("d/a.txt").write_bytes(b"\xef\xbb\xbfone\r\n")
+    Path("d/a.txt").write_bytes(b"\xef\xbb\xbfone\r\n" + b"." * 20)
     Path("d/deep/B.TXT").write_text("два", "utf-8")
-    Path("c.jsonl").write_text('{"text": "half \\ud83d"}\n\n{"text": "three\\n"}\n')
-    assert text_of("d") == text_of("~/d") == "one\r\nдва" and text_of("d/*.txt") == "one\r\n"
-    assert text_of("c.jsonl", "d/deep/B.TXT") == "half \ufffdthree\nдва"
+    Path("c.jsonl").write_text('{"text": "half \\ud83d"}\n{"text": "three\\n"}\n')
+    one = "one\r\n" + "." * 20
+    assert text_of("d") == text_of("~/d") == one + "два" and text_of("d/*.txt") == one
+    assert text_of("c.jsonl", "d/deep/B.TXT", "d/a.txt") == "half \ufffdthree\nдва" + one
 
 def test_documents_are_separated_where_the_tokenizer_can(bpe):
     Path("a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
@@ -386,7 +369,7 @@ def test_documents_are_separated_where_the_tokenizer_can(bpe):
 def test_text_is_cut_into_short_pieces_and_no_token_changes(text, size, bpe):
     """Guards against Windows' line ends and the like, for which a text was one piece."""
     Path("t.txt").write_bytes(text.encode())
-    pieces = list(gpt.read_pieces([Path("t.txt")], size))
+    pieces = list(gpt.read_pieces([Path("t.txt")], size))[1:]
     assert "".join(pieces) == text and max(map(len, pieces)) <= 3 * size
     assert torch.equal(torch.cat([bpe.encode(piece) for piece in pieces]), bpe.encode(text))
 
@@ -394,10 +377,6 @@ def test_text_is_cut_into_short_pieces_and_no_token_changes(text, size, bpe):
 def test_a_million_spaces_are_no_obstacle(tokenizer):
     Path("t.txt").write_text(text := "a" + " " * 999_999 + "b")
     assert text_of("t.txt", tokenizer=tokenizer) == text
-
-def test_batches_count_characters_not_documents():
-    batches = list(gpt.batch_pieces(["x" * 100] * 1000, 10_000))
-    assert [len(batch) for batch in batches] == [100] * 10
 
 def test_tokens_are_kept_and_found_again_but_not_for_other_text(monkeypatch):
     first = gpt.load_tokens(["text.txt"])
@@ -419,37 +398,11 @@ def test_an_interrupted_tokenisation_leaves_nothing_that_looks_whole(monkeypatch
         gpt.load_tokens(["text.txt"], gpt.CharTokenizer(TEXT))
     assert not os.listdir("cache") and text_of("text.txt") == TEXT
 
-def test_two_at_a_time_may_tokenise_the_same_text(monkeypatch):
-    both, replace = threading.Barrier(2, timeout=20), os.replace
-    monkeypatch.setattr(os, "replace", lambda *names: both.wait() < 2 and replace(*names))
-    with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(text_of, ["text.txt"] * 2)) == [TEXT] * 2
-
 @pytest.mark.parametrize("count", [40_000, 70_000])
 def test_a_large_vocabulary_fits_between_documents_too(count):
     text = "".join(map(chr, range(0x20000, 0x20000 + count)))
     Path("v.jsonl").write_text((json.dumps({"text": text}) + "\n") * 2)
     assert text_of("v.jsonl") == text * 2
-
-def test_a_cache_that_cannot_be_written_is_said_and_no_obstacle(monkeypatch, capsys):
-    monkeypatch.setenv("GPT_CACHE", "text.txt/cache")
-    assert text_of("text.txt") == TEXT and "text.txt/cache" in capsys.readouterr().err
-
-def test_a_run_is_not_evaluated_on_another_text():
-    """By the fingerprint: a file that was only touched or copied is the same text."""
-    train()
-    os.utime("text.txt", (0, 0))
-    assert gpt.evaluate(device="cpu")["tokens"] > 300
-    Path("text.txt").write_text(TEXT[::-1])
-    assert "text.txt has changed" in refused("eval", "--device=cpu")
-
-@pytest.mark.parametrize("n", [2, 15, 40])
-def test_short_texts_shrink_the_context_and_may_have_nothing_to_validate_on(n, capsys):
-    Path("short.txt").write_text(("ab" * 20)[:n])
-    result = train(data="short.txt", steps=2)
-    err = capsys.readouterr().err
-    assert ("the context shrinks" in err or n > 20) and ("too short to keep" in err) == (n == 2)
-    assert (result["val_loss"] is None) == (n == 2) and gpt.sample(tokens=5)
 
 def test_windows_reach_the_last_token_and_differ_between_processes_and_steps():
     ids = torch.arange(20).to(torch.uint16)
@@ -473,8 +426,8 @@ def test_the_loss_counts_each_token_once_with_the_context_it_says(n, stride):
     model, ids, T, total = scramble(make()), torch.randint(50, (n,)), min(16, n - 1), 0.0
     step = min(stride or T, T)
     for t in range(1, n):  # predict token t from the window that counts it
-        start = max(0, -(-(t - T) // step) * step)
-        total += F.cross_entropy(model(ids[None, start:t])[0, -1], ids[t]).item()
+        begin = max(0, -(-(t - T) // step) * step)
+        total += F.cross_entropy(model(ids[None, begin:t])[0, -1], ids[t]).item()
     loss, counted = gpt.estimate_loss(model, ids, stride, batch_size=3)
     assert counted == n - 1 and loss == pytest.approx(total / (n - 1), rel=1e-4)
 
@@ -483,25 +436,17 @@ def test_a_limited_loss_looks_at_the_same_few_windows_each_time():
     first, again = (gpt.estimate_loss(model, ids, limit=100) for _ in range(2))
     assert first == again and 80 < first[1] <= 100
 
-ODD = ["a b", "\n" * 50, "a\0b\0" * 20, "\ufeffabc" * 9, "a\r\nb\r\n" * 30, "x" * 10 ** 7,
-       "漢字かな交じり文。" * 30, "🙂🏳️‍🌈👩‍👩‍👧" * 20]
+ODD = ["a b" * 99, "\n" * 5000, "a\0b\0" * 20, "\ufeffabc" * 9, "a\r\nb\r\n" * 30, "x" * 3_000_000,
+       "漢字かな交じり文。" * 30, "🙂🏳️‍🌈👩‍👩‍👧" * 20, "a" + " " * 999_999 + "b"]
 
 @pytest.mark.parametrize("tokenizer, vocab_size", [("char", 0), ("bpe", 260)])
 @pytest.mark.parametrize("text", ODD, ids=range(len(ODD)))
 def test_any_text_trains_and_samples(text, tokenizer, vocab_size):
     Path("t.txt").write_bytes(text.encode())
-    train(data="t.txt", steps=2, tokenizer=tokenizer, vocab_size=vocab_size)
-    for prompt in ("", "a", "\ud800 lone", "\n", "漢"):
-        gpt.sample(prompt=prompt, tokens=20)
-
-def test_ascii_terminals_and_odd_paths_are_fine():
-    folder = Path("ä folder 日本")
-    folder.mkdir()
-    (folder / "текст.txt").write_text("\ufeffНочь, улица, фонарь 🙂\r\n" * 30, "utf-8")
-    plain = {**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
-    for words in (["train", "--steps=2", "--n-layer=1", f"--data={folder}/текст.txt"], ["sample"]):
-        code, out, err = process(*words, f"--out={folder}/out", env=plain)
-        assert code == 0 and "?" in out, err
+    train(data="t.txt", steps=2, tokenizer=tokenizer, vocab_size=vocab_size, seed=2 ** 64 - 1)
+    for prompt in ("", text[:1], "漢\ud800"):
+        if tokenizer == "bpe" or prompt in text:
+            assert gpt.sample(prompt=prompt, tokens=20, seed=2 ** 64 - 1)
 
 # --- Training ------------------------------------------------------------------------------------
 
@@ -512,7 +457,7 @@ def test_orthogonalise_gives_every_singular_value_about_one():
 
 @pytest.mark.parametrize("arch, optimizer, lr", [
     ("qwen3", "muon", 3e-3), ("gpt2", "muon", 3e-3), ("gpt2", "adamw", 3e-3),
-    ("bigram", "muon", 0.1)])
+    ("bigram", "muon", 0.03)])
 def test_every_parameter_has_exactly_one_optimizer_and_learns(arch, optimizer, lr):
     model, ids = make(arch), torch.randint(50, (4, 17))
     optimizers = gpt.make_optimizers(model, gpt.Training(optimizer=optimizer, lr=lr))
@@ -526,6 +471,11 @@ def test_every_parameter_has_exactly_one_optimizer_and_learns(arch, optimizer, l
             o.zero_grad()
     assert model(ids[:, :-1], ids[:, 1:]).item() < first - 0.5
 
+def test_only_the_first_run_of_a_process_counts_from_the_start_of_the_command():
+    """Guards against an ablation by minutes whose second run is over before it begins."""
+    gpt.train.started = time.monotonic() - 1000
+    assert train(out="a")["seconds"] > 1000 > 100 > train(out="b")["seconds"]
+
 def test_learning_rate_rises_over_the_warmup_and_ends_at_zero():
     shares = [gpt.lr_share(step, step / 10, warmup=3) for step in range(11)]
     assert shares[0] == 0.25 and shares[3] == 0.7 and shares[10] == 0 and max(shares) == shares[3]
@@ -535,8 +485,8 @@ def test_precision_follows_capability_not_emulation(monkeypatch):
     for capability, dtype in {(9, 0): "bfloat16", (8, 0): "bfloat16", (7, 5): "float16",
                               (6, 1): "float32"}.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        assert gpt.pick_dtype("auto", torch.device("cuda"))[0] == getattr(torch, dtype)
-    assert gpt.pick_dtype("auto", torch.device("cpu"))[0] == torch.float32
+        assert gpt.pick_dtype("auto", torch.device("cuda")) == getattr(torch, dtype)
+    assert gpt.pick_dtype("auto", torch.device("cpu")) == torch.float32
 
 def test_two_runs_are_the_same_to_the_last_bit():
     a, b = train(out="a"), train(out="b")
@@ -556,15 +506,15 @@ def whole(tmp_path_factory):
 def test_a_run_stopped_by_a_signal_goes_on_exactly(name, step, whole, monkeypatch):
     number = getattr(signal, name)
     before = signal.getsignal(number)
-    before_step(monkeypatch, step - 1, lambda run: signal.raise_signal(number))
+    before_step(monkeypatch, step - 1, lambda: signal.raise_signal(number))
     stopped = train(**HARD)
-    assert stopped["step"] == step - 1  # several passes are not waited for
+    assert stopped["step"] == step
     assert (stopped["signal"], signal.getsignal(number)) == (number, before)
     monkeypatch.undo()
     assert gpt.train(resume=True)["step"] == 20 and same("out", whole)
 
 def test_what_came_after_the_last_checkpoint_is_done_again(whole, monkeypatch):
-    before_step(monkeypatch, 10, lambda run: shutil.copy("out/ckpt.pt", "seven.pt"))
+    before_step(monkeypatch, 10, lambda: shutil.copy("out/ckpt.pt", "seven.pt"))
     train(**HARD)
     shutil.move("seven.pt", "out/ckpt.pt")
     with open("out/log.jsonl", "a") as file:
@@ -581,8 +531,7 @@ def test_signals_that_belong_to_others_are_left_alone(monkeypatch):
     for mine in (None, signal.SIG_IGN):  # a C host's; nohup's
         with monkeypatch.context() as patch:
             patch.setattr(signal, "getsignal", lambda number: mine)
-            patch.setattr(signal, "signal", lambda n, handler: pytest.fail() if n == signal.SIGHUP
-                          else None)
+            patch.setattr(signal, "signal", lambda *a: pytest.fail())
             with gpt.interruptible():
                 pass
     thread = threading.Thread(target=train)  # where Python allows no handlers
@@ -593,19 +542,16 @@ def test_signals_that_belong_to_others_are_left_alone(monkeypatch):
 def test_resuming_refuses_another_run_but_takes_more_steps():
     train(probe="to be")
     Path("other.txt").write_text(TEXT[::-1])
-    for words, says in {"--data other.txt": "other data", "--n-layer 3": "n_layer 2, not 3",
-                        "--seed 1": "seed", "--optimizer adamw": "optimizer muon, not 'adamw'",
-                        "--steps 5": "at step 6"}.items():
+    for words, says in {"--data other.txt": "not the text", "--n-layer 3": "n_layer is 2",
+                        "--seed 1": "seed", "--optimizer adamw": "optimizer is muon"}.items():
         assert says in refused("train", "--resume", *words.split())
     old = log()
     Path("copy.txt").write_text(TEXT)  # the same text, whatever its file is called
-    code, _, err = run_main("train", "--resume", "--steps", 9, "--data", "copy.txt")
-    assert code == 0 and "complete" not in err
+    assert run_main("train", "--resume", "--steps", 9, "--data", "copy.txt")[0] == 0
     new = log()
     assert new[:len(old)] == old and [r["step"] for r in new] == [*range(10)]
-    code, out, err = run_main("train", "--resume")
-    assert code == 0 and "complete" in err and "--steps" in err and "done" not in out
-    assert log() == new
+    code, out, _ = run_main("train", "--resume")
+    assert code == 0 and "complete at step 9" in out and log() == new
 
 def test_a_repeated_command_never_loses_a_run():
     train(out="r")
@@ -614,14 +560,10 @@ def test_a_repeated_command_never_loses_a_run():
     refused(*flags(out="r", data="nowhere.txt"), "--overwrite")
     assert train(out="r", overwrite=True, steps=2)["step"] == 2 and len(log("r")) == 3
 
-def test_two_runs_cannot_write_one_folder():
-    with gpt.locked(Path("out")):
-        assert "another run" in refused(*flags())
-
 def test_looks_are_at_powers_of_two_and_twenty_even_distances(monkeypatch):
     cost, real = [], gpt.estimate_loss
-    def spy(model, ids, **how):
-        loss, counted = real(model, ids, **how)
+    def spy(model, ids, *how):
+        loss, counted = real(model, ids, *how)
         cost.append(counted)
         return loss, counted
     monkeypatch.setattr(gpt, "estimate_loss", spy)
@@ -640,13 +582,14 @@ def test_minutes_end_on_time_with_the_schedule_complete():
 
 def test_minutes_go_to_training_not_to_looking(monkeypatch):
     """Where a look takes as long as ten steps, four fifths of the time are still for steps."""
-    spent, look = [], gpt.Run.look
-    def slow(run):
+    spent, estimate = [], gpt.estimate_loss
+    def slow(*a):
         begun = time.monotonic()
         time.sleep(0.05)
-        look(run)
+        result = estimate(*a)
         spent.append(time.monotonic() - begun)
-    monkeypatch.setattr(gpt.Run, "look", slow)
+        return result
+    monkeypatch.setattr(gpt, "estimate_loss", slow)
     result = train(steps=None, minutes=0.1)
     assert sum(spent) < 0.2 * result["seconds"] < 1.4
 
@@ -654,17 +597,20 @@ def test_minutes_go_to_training_not_to_looking(monkeypatch):
 @pytest.mark.parametrize("name", ["embed.weight", "blocks.0.mlp.up.weight"])  # AdamW's and Muon's
 def test_a_gradient_that_is_not_finite_changes_nothing(name, dtype, monkeypatch):
     """Both optimizers step or neither, with a loss scale too."""
-    seen, bad, honest = {}, {3}, gpt.Run.backward
-    def backward(run, windows):
-        loss = honest(run, windows)
-        if run.step in bad:
-            run.model.get_parameter(name).grad[0, 0] = math.nan
-        seen[run.step] = {k: v.clone() for k, v in run.model.state_dict().items()}
-        return loss
-    monkeypatch.setattr(gpt.Run, "backward", backward)
+    seen, bad, honest, run = [], {3}, torch.nn.utils.clip_grad_norm_, {}
+    def clip(parameters, limit):
+        model = run["model"]
+        if len(seen) in bad:
+            model.get_parameter(name).grad[0, 0] = math.nan
+        seen.append({k: v.clone() for k, v in model.state_dict().items()})
+        return honest(model.parameters(), limit)
+    make_optimizers = gpt.make_optimizers
+    monkeypatch.setattr(gpt, "make_optimizers",
+                        lambda model, s: run.update(model=model) or make_optimizers(model, s))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     train(dtype=dtype)
     assert equal(seen[3], seen[4]) and not equal(seen[4], seen[5])
-    bad = set(range(5, 100))
+    bad = set(range(10, 100))
     with pytest.raises(gpt.Error, match="20 steps") as error:
         train(steps=100, overwrite=True, dtype=dtype)
     assert error.value.code == 1 and all(t.isfinite().all() for t in weights("out").values())
@@ -675,37 +621,34 @@ def test_a_gradient_that_is_not_finite_changes_nothing(name, dtype, monkeypatch)
 def test_out_of_memory_is_one_line_with_what_helps(error, monkeypatch):
     def broken(*a, **k):
         raise error
-    monkeypatch.setattr(gpt.GPT, "forward", broken)
-    line = refused(*flags(), code=1)
-    assert all(word in line for word in ("batch_size", "accum", "checkpoint_activations"))
+    monkeypatch.setattr(gpt.Run, "train_step", broken)
+    code, _, err = run_main(*flags())
+    assert code == 1 and err.count("\n") == 1
+    assert all(word in err for word in ("batch_size", "accum", "checkpoint_activations"))
 
-@pytest.mark.parametrize("when", ["wrapped", "called"])
-def test_a_compiler_that_fails_is_not_needed(when, monkeypatch, capsys):
-    def fail(*a):
+def test_a_compiler_that_fails_is_not_needed(monkeypatch, capsys):
+    def broken(*a):
         raise RuntimeError("no C++ compiler")
-    monkeypatch.setattr(torch, "compile", fail if when == "wrapped" else lambda model: fail)
+    monkeypatch.setattr(torch, "compile", lambda model: broken)
     assert train(compile="on")["step"] == 6 and "no C++ compiler" in capsys.readouterr().err
 
 def test_a_compiled_model_is_compiled_once_and_saved_without_its_wrapper(monkeypatch):
-    """The pass that tries the compiler must be like training's, or all is compiled again."""
     from torch._dynamo.testing import CompileCounter
-    counter, real, tried, rehearse = CompileCounter(), torch.compile, [], gpt.Run.rehearse
-    def spy(run):
-        seconds = rehearse(run)
-        tried.append(counter.frame_count)
-        return seconds
+    counter, real = CompileCounter(), torch.compile
+    torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", lambda model: real(model, backend=counter))
-    monkeypatch.setattr(gpt.Run, "rehearse", spy)
-    train(compile="on", dropout=0.1)
-    assert tried == [counter.frame_count] and counter.frame_count > 0
+    train(compile="on", dropout=0.1, steps=2)
+    once = counter.frame_count
+    train(compile="on", dropout=0.1, steps=9, out="more")
+    assert counter.frame_count == once > 0  # the same code, whatever the run
     assert weights("out").keys() == make().state_dict().keys()
 
-def test_memorising_is_said_once_and_the_best_model_kept(monkeypatch, capsys):
+def test_the_best_model_is_kept_and_memorising_said_once(monkeypatch, capsys):
     values = iter([4.0, 2.0, 2.1, 2.2, 2.3, 1.9, 2.1, 2.2, 2.3])
-    monkeypatch.setattr(gpt, "estimate_loss", lambda *a, **k: (next(values), 1))
+    monkeypatch.setattr(gpt, "estimate_loss", lambda *a: (next(values), 1))
     train(steps=8, eval_every=1)
     err = capsys.readouterr().err
-    assert err.count("learn by heart") == 1 and "dropout" in err
+    assert err.count("by heart") == 1 and "dropout" in err
     best, last = (gpt.read_checkpoint(Path("out", name)) for name in ("best.pt", "ckpt.pt"))
     assert (best["step"], best["val_loss"], last["step"], last["val_loss"]) == (5, 1.9, 8, 2.3)
 
@@ -720,33 +663,23 @@ def test_the_log_is_for_programs_and_the_lines_for_people(capsys):
     assert len(shown) == 7 and float(shown[-1][0]) == pytest.approx(lines[-1]["val_loss"], abs=1e-4)
     assert all(float(bits) == pytest.approx(float(loss) / math.log(2), rel=0.01)
                for loss, bits in shown)
-
-def test_what_is_not_finite_is_null_in_the_logs():
-    """JSON has no NaN: one in a log would leave the page of `inspect` empty."""
-    line = {"step": 1, "norm": math.inf, "lens": [["NaN", math.nan]], "loss": 1.5}
-    gpt.append_line(Path("log.jsonl"), line)
-    read = json.loads(Path("log.jsonl").read_text(), parse_constant=pytest.fail)
-    assert read == {"step": 1, "norm": None, "lens": [["NaN", None]], "loss": 1.5}
+    gpt.append_line(Path("x.jsonl"), {"norm": math.inf, "lens": [["NaN", math.nan]], "loss": 1.5})
+    read = json.loads(Path("x.jsonl").read_text(), parse_constant=pytest.fail)  # JSON has no NaN
+    assert read == {"norm": None, "lens": [["NaN", None]], "loss": 1.5}
 
 @pytest.mark.parametrize("characters, steps", [(3400, 240), (800, 100)])
 def test_a_run_without_steps_sees_its_text_five_times_and_says_so(characters, steps, monkeypatch):
-    def count(run, progress):
+    def count(run):
         run.step += 1
         run.last["train_loss"] = 1.0
     monkeypatch.setattr(gpt.Run, "train_step", count)
     Path("text.txt").write_text(TEXT[:characters])
     code, out, err = run_main(*flags(steps=None))
     assert code == 0 and log()[-1]["step"] == steps
-    said = re.search(r"1 file, ([\d,]+) tokens.* (\S+) times, in about (\d+) steps", out)
+    said = re.search(r"1 file, ([\d,]+) tokens.* (\S+) times in (\d+) steps", out)
     seen = steps * 64 / int(0.9 * characters)
     assert said[1] == f"{characters:,}" and float(said[2]) == pytest.approx(seen, rel=0.05)
-    assert int(said[3]) == steps and "knowing nothing" in out
-
-@pytest.mark.parametrize("seconds, said", [(99, False), (101, True)])
-def test_a_run_of_more_than_ten_minutes_says_so_before_its_first_step(seconds, said, monkeypatch):
-    monkeypatch.setattr(gpt.Run, "rehearse", lambda run: seconds)
-    code, _, err = run_main(*flags())
-    assert code == 0 and ("101.0 s" in err and "10 minutes" in err and "--minutes" in err) == said
+    assert int(said[3]) == steps
 
 def test_a_run_can_go_on_in_another_precision():
     """float16 needs a loss scale, of which a run in float32 has none: on the way to a T4."""
@@ -754,56 +687,29 @@ def test_a_run_can_go_on_in_another_precision():
     for step, dtype in ((6, "float16"), (8, "bfloat16"), (9, "float32")):
         assert gpt.train(resume=True, steps=step, dtype=dtype, device="cpu")["step"] == step
 
-def test_fine_tuning_keeps_weights_and_tokenizer_and_starts_anew(capsys):
+def test_fine_tuning_keeps_weights_and_tokenizer_and_starts_anew():
     train(out="base", steps=30)
     learnt = log("base")[-1]["val_loss"]
     Path("more.txt").write_text("not to be " * 50)
-    capsys.readouterr()
     result = gpt.train(init="base", data="more.txt", out="fine", steps=3, batch_size=2, probe="")
     state = gpt.read_checkpoint(Path("fine/ckpt.pt"))
     assert result["step"] == 3 and state["tokenizer"]["chars"] == "".join(sorted(set(TEXT)))
     assert state["settings"]["lr"] == pytest.approx(gpt.Training.lr / 10)
     assert state["settings"]["n_embd"] == 32 and log("fine")[0]["val_loss"] < learnt + 1
-    assert "knowing nothing" not in capsys.readouterr().out
+    assert "n_embd is 32" in refused("train", "--init", "base", "--n-embd", "64", "--out", "x")
 
-TWO = dict(steps=10, dtype="float64", batch_size=2, accum=2, eval_every=2)
-DYING = """import os, sys, time
-if os.environ["TORCHELASTIC_RESTART_COUNT"] == "1" and os.environ["RANK"] == "0":
-    time.sleep(3)  # the second process would find the address of the one that died
-sys.path.insert(0, sys.argv.pop(1))
-import gpt
-real = gpt.Run.train_step
-def train_step(run, progress):
-    if run.rank == 1 and run.step == 6 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        os._exit(9)
-    real(run, progress)
-gpt.Run.train_step = train_step
-sys.exit(gpt.main())"""
-
-def torchrun(*words):
+def test_two_processes_give_the_weights_of_one():
+    """Gradients are averaged once a step; the processes see different halves of one batch."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    return process("--nproc-per-node", "2", "--max-restarts", "1", "--master-port", port, *words,
-                   python=["-m", "torch.distributed.run"])
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    with own_folder(tmp_path_factory.mktemp("two")) as folder:
-        code, _, err = torchrun(HERE / "gpt.py", *flags(**TWO))
-        assert code == 0, err
-    return folder / "out"
-
-def test_two_processes_give_the_weights_of_one(two):
-    """Gradients are averaged once a step; the processes see different halves of one batch."""
-    train(**{**TWO, "batch_size": 4})
-    a, b = weights("out"), weights(two)
+    two = dict(steps=10, dtype="float64", batch_size=2, accum=2, eval_every=2)
+    code, out, err = process("--nproc-per-node", "2", "--master-port", port, HERE / "gpt.py",
+                             *flags(**two, out="two"), python=["-m", "torch.distributed.run"])
+    assert code == 0 and out.count("step 10  ") == 1, err
+    train(**{**two, "batch_size": 4})
+    a, b = weights("out"), weights("two")
     assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
-
-def test_torchrun_restarts_a_run_whose_process_died_from_its_checkpoint(two):
-    Path("dying.py").write_text(DYING, "utf-8")
-    code, _, err = torchrun("dying.py", HERE, *flags(**TWO), "--overwrite")
-    assert code == 0 and "exitcode" in err and same("out", two), err
 
 # --- Sampling ------------------------------------------------------------------------------------
 
@@ -837,18 +743,11 @@ def test_the_cache_changes_nothing_across_the_edge_of_the_context(arch, prompt, 
     honest, logits, runs = gpt.sample_next, [], []
     monkeypatch.setattr(gpt, "sample_next", lambda x, *a: logits.append(x) or honest(x, *a))
     for cache in (True, False):
-        how = gpt.Sampling(temperature=0, cache=cache)
-        runs.append(torch.stack(list(gpt.generate(model, idx, 70, how))))
+        how = gpt.Sampling(temperature=0, cache=cache, tokens=70)
+        runs.append(torch.stack(list(gpt.generate(model, idx, how))))
     assert torch.equal(*runs)
     for cached, uncached in zip(logits[:70], logits[70:]):
         assert (cached - uncached).abs().max() < 1e-4 * max(1, uncached.abs().max())
-
-def test_prefill_in_chunks_equals_one_pass():
-    model, idx = scramble(make(n_kv_head=2)), torch.randint(50, (2, 14))
-    for chunk in (1, 3, 7):
-        cache = gpt.KVCache(model, 2)
-        parts = torch.cat([model(part, cache=cache) for part in idx.split(chunk, dim=1)], dim=1)
-        assert torch.allclose(parts, model(idx), atol=1e-4) and cache.length == 14
 
 @pytest.mark.parametrize("text, stop, pieces", [
     (b"\xe6\xb1\x89", "", ["", "", "汉", ""]), (b"ab\xff", "", ["a", "b", "\ufffd", ""]),
@@ -860,23 +759,23 @@ def test_streamed_text_never_breaks_a_character_and_stops_where_told(text, stop,
     if not stop:
         assert streamed == pieces
 
-def test_a_sample_is_its_prompt_and_then_text_and_nothing_else(trained):
+def test_a_sample_is_its_prompt_and_then_text_and_nothing_else(trained, monkeypatch):
+    monkeypatch.setattr(gpt, "find_files", lambda *a: pytest.fail("read the data"))
+    monkeypatch.setattr(torch, "compile", lambda *a: pytest.fail("compiled"))
     how = ("sample", "--out", trained, "--prompt", "To be", "--tokens", 40)
     code, out, err = run_main(*how, "--seed", 3)
     assert code == 0 and out.startswith("To be") and len(out) == 46
-    assert f"{trained}/best.pt is of step" in err and "ckpt.pt" in err and "tokens/s" in err
+    assert f"{trained}/best.pt: step " in err and "ckpt.pt" in err and "tokens/s" in err
     assert run_main(*how, "--seed", 3, "--no-cache")[1] == out != run_main(*how, "--seed", 4)[1]
     several = gpt.sample(out=trained, prompt="To be", tokens=9, num=3)
     assert len(set(several)) == 3 and all(len(text) == 14 for text in several)
     assert run_main(*how[:5], "--num", 2, "--tokens", 0)[1] == "To be\n---\nTo be\n"
 
 @pytest.mark.parametrize("prompt, stdin, text, says", [
-    ("zTß🙂\ud800", "", "T", "'z' 'ß' '🙂'"), ("", "", "", ""),
-    (TEXT[:300], "", TEXT[:300], "sees 16"),
-    ("@p.txt", "", "or not", ""), ("-", "be\n", "be", ""), ("@@p.txt", "", ".tt", "'@' 'p'"),
-    ("-- to", "", " to", "'-'")])
+    ("", "", "", ""), (TEXT[:300], "", TEXT[:300], "sees 16"),
+    ("@p.txt", "", "or not\n", ""), ("-", "be\n", "be", "")])
 def test_prompts_of_any_kind_are_met(prompt, stdin, text, says, trained, monkeypatch):
-    Path("p.txt").write_text("or not\n")
+    Path("p.txt").write_bytes(b"\xef\xbb\xbfor not\n\n")
     stream = types.SimpleNamespace(buffer=io.BytesIO(stdin.encode()))
     monkeypatch.setattr(sys, "stdin", stream)
     code, out, err = run_main("sample", "--out", trained, "--prompt", prompt, "--tokens", 3)
@@ -885,20 +784,14 @@ def test_prompts_of_any_kind_are_met(prompt, stdin, text, says, trained, monkeyp
 @pytest.mark.parametrize("words, says", [
     (["--temperature=-1"], "temperature"), (["--top-p", "1.5"], "top_p"),
     (["--prompt", "@no"], "No such"), (["--tokens", "-5"], "tokens"), (["--num", "0"], "num"),
-    (["--num", "100000000"], "at most 10000"),
+    (["--prompt", "zTß🙂\ud800"], "'z' 'ß' '🙂'"), (["--prompt", "@@p.txt"], "'@' 'p'"),
     (["--temprature", "1"], "did you mean temperature"), (["--stop", "---"], "--stop=---"),
     (["--seed", "18446744073709551616"], "seed"), (["--top-k", "1", "--top-k", "2"], "twice")])
 def test_bad_requests_to_sample(trained, words, says):
     assert says in refused("sample", "--out", trained, *words)
 
-def test_sampling_needs_neither_the_data_nor_a_compiler(trained, monkeypatch):
-    monkeypatch.setattr(gpt, "find_files", lambda *a: pytest.fail("read the data"))
-    monkeypatch.setattr(torch, "compile", lambda *a: pytest.fail("compiled"))
-    assert gpt.sample(out=trained, tokens=5, seed=2 ** 64 - 1)
-    assert gpt.sample(out=trained, stop="---")
-
 def test_a_sample_ends_at_the_end_of_text_and_does_not_show_it(trained, monkeypatch):
-    rows = [torch.tensor(row) for row in ([3, 4], [9, 4], [3, 9], [5, 5])]
+    rows = [torch.tensor([i]) for i in (3, 5, 9, 3)]
     monkeypatch.setattr(gpt, "generate", lambda *a: iter(rows))
     load = gpt.load_model
     def with_ends(*a):
@@ -907,7 +800,7 @@ def test_a_sample_ends_at_the_end_of_text_and_does_not_show_it(trained, monkeypa
         return model, tokenizer
     monkeypatch.setattr(gpt, "load_model", with_ends)
     letters = gpt.load_model(trained)[1].chars
-    assert gpt.sample(out=trained, num=2) == [letters[3], letters[4] * 2]
+    assert gpt.sample(out=trained) == [letters[3] + letters[5]]
 
 def test_eval_is_the_direct_sum_and_knows_bytes(trained):
     Path("more.txt").write_text("that is the question.\n" * 3)
@@ -921,7 +814,7 @@ def test_eval_is_the_direct_sum_and_knows_bytes(trained):
     assert result["bits_per_byte"] == pytest.approx(total / 65 / math.log(2), rel=1e-4)
     said = json.loads(run_main("eval", "--out", trained, "--json")[1])
     assert said.keys() == {"loss", "perplexity", "bits_per_byte", "tokens", "stride"}
-    Path("odd.txt").write_text("that is ß")
+    Path("odd.txt").write_text("that is ß" * 5)
     assert "ß" in refused("eval", "--out", trained, "--data", "odd.txt")
 
 def test_eval_refuses_a_text_that_has_changed_but_not_one_that_was_touched():
@@ -1013,7 +906,7 @@ def test_a_checkpoint_is_plain_and_names_no_wrapper():
 
 def small(**given):
     shape = dict(vocab_size=11, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, block_size=20)
-    return scramble(gpt.build(gpt.Config(**shape | given)))
+    return scramble(gpt.GPT(gpt.Config(**shape | given)))
 
 def test_a_look_sees_what_the_model_does_and_leaves_no_trace():
     model, idx = small(), torch.randint(11, (20,))
@@ -1040,17 +933,18 @@ def test_a_map_is_the_attention_that_the_block_itself_computes():
     assert torch.allclose(attn.out(mixed), out[0], atol=1e-4)
 
 def test_copied_counts_from_each_character():
-    assert gpt.copied("abcx", "xbc") == [0, 2, 1, 1]
     source = "".join(random.Random(0).choices("abc", k=400))
     text = "".join(random.Random(1).choices("abc", k=60)) + source[100:130]
     slow = [max(n for n in range(len(text) - i + 1) if text[i:i + n] in source) for i in range(90)]
     assert gpt.copied(text, source) == slow and slow[60] == 30
 
-def test_probes_change_no_weight_and_record_what_happened():
+def test_probes_change_no_weight_and_record_what_happened(monkeypatch):
+    before_step(monkeypatch, 17, lambda: signal.raise_signal(signal.SIGINT))
     for probe in ("", "to be, or"):
         train(out=f"p{probe}", probe=probe, steps=40, dropout=0.1)
-    assert equal(weights("p"), weights("pto be, or")) and not Path("p/probe.jsonl").exists()
-    lines = gpt.read_lines(Path("pto be, or/probe.jsonl"))
+        gpt.train(resume=True, out=f"p{probe}")
+    assert equal(weights("p"), weights("pto be, or")) and not log("p", "probe.jsonl")
+    lines = log("pto be, or", "probe.jsonl")
     assert [line["step"] for line in lines] == sorted({0, 1, 2, 4, 8, 16, 32, *range(0, 41, 2)})
     last = lines[-1]
     assert "".join(last["text"]) == "to be, or" and len(last["top"]) == 9 and len(last["loss"]) == 8
@@ -1066,26 +960,16 @@ def test_probes_change_no_weight_and_record_what_happened():
 def test_the_line_that_is_read_is_a_whole_one_even_if_it_looks_like_a_file_name():
     Path("text.txt").write_text("@she said, no more\n" * 300)
     train(probe=None, steps=2, block_size=32)
-    assert "".join(gpt.read_lines(Path("out/probe.jsonl"))[0]["text"]) == "@she said, no more"
-
-def test_probes_of_a_resumed_run_are_those_of_one_that_never_stopped(monkeypatch):
-    train(out="whole", probe=None, steps=12)
-    before_step(monkeypatch, 7, lambda run: signal.raise_signal(signal.SIGINT))
-    train(out="cut", probe=None, steps=12)
-    gpt.train(resume=True, out="cut")
-    assert Path("cut/probe.jsonl").read_text() == Path("whole/probe.jsonl").read_text()
+    assert "".join(log(name="probe.jsonl")[0]["text"]) == "@she said, no more"
 
 def test_importance_is_what_the_absence_of_a_part_costs():
     model, ids = small(), torch.randint(11, (200,))
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    heads, layers = gpt.head_importance(model, ids)
-    assert equal(before, model.state_dict())
+    heads = gpt.head_importance(model, ids)
+    assert equal(before, model.state_dict()) and [len(row) for row in heads] == [4] * 3
     base = gpt.estimate_loss(model, ids)[0]
     model.blocks[1].attn.out.weight.data[:, 8:16] = 0  # its second head
     assert heads[1][1] == pytest.approx(gpt.estimate_loss(model, ids)[0] - base, abs=1e-3) != 0
-    model.load_state_dict(before)
-    model.blocks = model.blocks[:2]
-    assert layers[2] == pytest.approx(gpt.estimate_loss(model, ids)[0] - base, abs=1e-3)
 
 def test_the_bigram_level_is_what_a_trained_bigram_reaches():
     tokens = torch.randint(5, (4000,)).cumsum(0) % 7
@@ -1097,7 +981,7 @@ def test_the_bigram_level_is_what_a_trained_bigram_reaches():
 def page_data(path):
     page = Path(path).read_text("utf-8")
     assert page.count("</script>") == 1
-    assert not re.search(r"(src|href)=|url\(|@import|https?://(?!www\.w3\.org)", page), "network"
+    assert not re.search(r"(src|href)=|url\(|@import|https?://", page), "network"
     return json.loads(re.search(r"^const D = (.*), R = D\.records", page, re.M).group(1))
 
 def test_inspect_writes_a_page_that_needs_nothing():
@@ -1106,25 +990,18 @@ def test_inspect_writes_a_page_that_needs_nothing():
     path = gpt.inspect(out="r")
     data = page_data(path)
     assert path == Path("r/inspect.html") and len(data["records"]) == 24
-    assert [len(row) for row in data["heads"]] == [4, 4] and len(data["layers"]) == 2
+    assert [len(row) for row in data["heads"]] == [4, 4] and "bigram" in data["levels"]
     chars = gpt.load_model("r")[1].chars
     assert data["levels"]["ln(V)"] == pytest.approx(math.log(len(chars)))
-    assert "bigram" in data["levels"]
     for text, lengths in data["records"][-1]["samples"]:
         assert len(text) == len(lengths)
-    assert gpt.inspect(out="r", probe="or not") != path and page_data(path) == data
-    other = page_data("r/inspect-probe.html")
-    assert "".join(other["records"][0]["text"]) == "or not"
-
-def test_inspect_without_the_text_or_a_run_still_shows_the_model():
-    train(out="r", steps=2)
+    other = page_data(gpt.inspect(out="r", probe="or not"))["records"]
+    assert len(other) == 1 and "".join(other[0]["text"]) == "or not"
     os.remove("text.txt")
-    assert "name one with probe" in refused("inspect", "--out", "r")
-    code, _, err = run_main("inspect", "--out", "r", "--probe", "To be")
-    assert code == 0 and page_data("r/inspect-probe.html")["heads"] == []
-    assert "without what needs the text" in err
-    assert run_main("inspect", "--init", "r", "--probe", "To be", "--out", "elsewhere")[0] == 0
-    assert page_data("elsewhere/inspect-init.html")
+    code, _, err = run_main("inspect", "--out", "r")
+    assert code == 0 and page_data(path)["heads"] == [] and "without what needs the text" in err
+    assert run_main("inspect", "--init", "r", "--probe", "To be", "--out", "new")[0] == 0
+    assert page_data("new/inspect.html") and "name a text" in refused("inspect", "--init", "r")
 
 @pytest.mark.parametrize("arch, text", [
     ("qwen3", TEXT), ("bigram", TEXT), ("qwen3", "漢字かな交じり文を読む。\r\n" * 99),
@@ -1132,13 +1009,13 @@ def test_inspect_without_the_text_or_a_run_still_shows_the_model():
 def test_the_page_works_in_a_browser(arch, text):
     chromium = shutil.which("chromium") or pytest.skip("chromium is not installed")
     Path("text.txt").write_text(text, "utf-8", newline="")
-    shape = {"n_layer": None} if arch == "bigram" else {}
-    gpt.train(**{**{k: v for k, v in SMALL.items() if k not in shape}, "probe": None},
-              data="text.txt", steps=20, arch=arch)
+    layers = 0 if arch == "bigram" else 2
+    train(data="text.txt", steps=20, arch=arch, n_layer=layers, probe=None)
     page = gpt.inspect().resolve()
     script = """<script>const step = $('now').textContent; $('at').value = 0; $('at').oninput()
-      tokens[1].onclick(); $('line').onkeydown({key: 'ArrowRight', preventDefault() {}})
-      if (heads.length) heads[1].button.click()
+      document.querySelector('[data-token="1"]').click()
+      document.onkeydown({key: 'ArrowRight'})
+      document.querySelector('[data-head="1.2"]')?.click()
       document.title = ['worked', step, $('now').textContent, state.token, location.hash].join('|')
       </script>"""
     page.write_text(page.read_text("utf-8") + script, "utf-8")
@@ -1159,27 +1036,23 @@ def test_ablate_compares_and_goes_on_where_it_was(monkeypatch):
     def counted(**given):
         done.append(given["out"])
         if len(done) == 4:
-            before_step(monkeypatch, 2, lambda run: signal.raise_signal(signal.SIGTERM))
+            before_step(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGTERM))
         return real(**given)
     monkeypatch.setattr(gpt, "train", counted)
     assert run_main(*words)[0] == 143 and len(done) == 4  # stopped in the fourth run
-    assert len(json.loads(Path("a/ablate.json").read_text())["rows"]) == 3
+    assert len(json.loads(Path("a/ablate.json").read_text())["runs"]) == 3
     monkeypatch.undo()
     monkeypatch.setattr(gpt, "train", lambda **given: done.append(given["out"]) or real(**given))
     code, out, _ = run_main(*words)
     names = [line.split("|")[1].strip() for line in out.splitlines()[2:]]
     assert code == 0 and len(done) == 4 + 5 and len(set(done)) == 8  # n_head=2 is not trained twice
-    assert names == ["n_head=1", "n_head=2", "n_layer=1 tie=true", "n_layer=1 tie=false",
-                     "n_head=2"]
+    assert names == ["n_head=1", "n_head=2", "n_layer=1 tie=true", "n_layer=1 tie=false"]
     assert "±" in out and run_main(*words)[0] == 0 and len(done) == 9
     assert "other settings" in refused(*words, "--lr", "0.1")
 
 @pytest.mark.parametrize("words, says", [
-    (["--vary", "n_head=1,3"], "not divisible"), (["--vary", "qk_norm=0,1"], "true or false"),
-    (["--vary", "seed=1,2"], "cannot vary"), (["--vary", "out=x,y"], "cannot vary"),
-    ([], "vary takes"),
-    (["--vary", "n_head=1,2", "--resume"], "by itself"), (["--vary", "n_head"], "vary takes"),
-    (["--vary", "n_heads=1,3"], "did you mean n_head")])
+    (["--vary", "n_head=1,3"], "not divisible"), (["--vary", "qk_norm=0,1"], "qk_norm must"),
+    (["--vary", "n_head"], "n_head must"), (["--vary", "n_heads=1,3"], "did you mean n_head")])
 def test_bad_requests_to_ablate_train_nothing(words, says):
     assert says in refused("ablate", "--data", "text.txt", "--out", "b", *words)
 
@@ -1234,12 +1107,12 @@ def same_model(ours, model):
     text = idx[:1, :4]
     for _ in range(12):
         text = torch.cat((text, model(text).logits[:, -1].argmax(-1, keepdim=True)), 1)
-    greedy = gpt.generate(ours, idx[:1, :4], 12, gpt.Sampling(temperature=0))
+    greedy = gpt.generate(ours, idx[:1, :4], gpt.Sampling(tokens=12, temperature=0))
     assert [int(i) for i in greedy] == text[0, 4:].tolist()
 
 def run_folder(config, tokenizer, folder="run"):
     """A run's folder with a random model."""
-    model = scramble(gpt.build(config))
+    model = scramble(gpt.GPT(config))
     Path(folder).mkdir()
     torch.save({"format": gpt.FORMAT, "model": model.state_dict(), "tokenizer": tokenizer.state(),
                 "step": 0, "val_loss": 0.0, "settings": gpt.asdict(config)}, f"{folder}/best.pt")
@@ -1261,7 +1134,7 @@ def test_their_models_in_and_out_again(transformers, kind, changes):
     ours, tokenizer = gpt.load_model("a")
     assert tokenizer is None
     same_model(ours, model)
-    gpt.export("b", init="a")
+    gpt.export(folder="b", init="a")
     again = transformers.AutoModelForCausalLM.from_pretrained("b")
     assert equal(model.state_dict(), again.state_dict())
     assert equal(ours.state_dict(), gpt.load_model("b")[0].state_dict())
@@ -1288,11 +1161,11 @@ def test_rope_theta_in_both_spellings(transformers, about, theta):
     ("gpt2", {"activation_function": "relu"}, "activation_function"),
     ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
-    ("gpt2", {"n_head": 4}, "divisible"), ("gpt2", {"n_layer": 4}, "missing"),
-    ("gpt2", {"n_layer": 2}, "not known"), ("gpt2", {"n_layer": 10 ** 9}, "n_layer"),
-    ("gpt2", {"n_layer": 0}, "fit"), ("gpt2", {"n_layer": "x"}, "n_layer"),
+    ("gpt2", {"n_head": 4}, "divisible"), ("gpt2", {"n_layer": 4}, "is None"),
+    ("gpt2", {"n_layer": 2}, "None"), ("gpt2", {"n_layer": 10 ** 9}, "n_layer"),
+    ("gpt2", {"n_layer": 0}, "n_layer"), ("gpt2", {"n_layer": "x"}, "n_layer"),
     ("gpt2", {"n_layer": []}, ""),
-    ("gpt2", {"vocab_size": 130}, "wte.weight"), ("gpt2", {"n_embd": None}, "n_embd"),
+    ("gpt2", {"vocab_size": 130}, "wte.weight"), ("gpt2", {"n_embd": None}, "n_embd 128"),
     ("gpt2", {"vocab_size": 10 ** 18}, ""),
     ("gpt2", {"tie_word_embeddings": False}, "lm_head.weight"),
     ("gpt2", {"model_type": "mamba"}, "mamba"), ("gpt2", {"model_type": []}, ""),
@@ -1313,37 +1186,32 @@ def packed(header, body=b"", length=None):
     return struct.pack("<Q", len(header) if length is None else length) + header + body
 
 def damaged(whole):
-    """More than 100 files, none of which is a whole one."""
+    """Files none of which is a whole one."""
     length = struct.unpack("<Q", whole[:8])[0]
     header, body, chance = json.loads(whole[8:8 + length]), whole[8 + length:], random.Random(0)
-    yield from (whole[:n] for n in [0, 1, 7, 8, 9, *chance.sample(range(10, len(whole)), 20)])
-    for n in [0, 1, 2, length - 1, length + 1, len(whole), 1 << 24, (1 << 63) - 1, (1 << 64) - 1]:
+    yield from (whole[:n] for n in [0, 1, 8, 9, *chance.sample(range(10, len(whole)), 9)])
+    for n in [0, 2, length - 1, length + 1, len(whole), 1 << 24, (1 << 64) - 1]:
         yield struct.pack("<Q", n) + whole[8:]
-    for text in (b"[]", b"null", b'"x"', b"[" * 99999, b"\xff\xfe", b"{}", b'{"a": NaN}'):
+    for text in (b"[]", b"null", b"[" * 99999, b"\xff\xfe", b"{}", b'{"a": NaN}'):
         yield packed(text, body)
+    rows = {"dtype": ["F8", None, 3, [], "F64", "U8"],
+            "shape": [None, 3, [1], [-1, -1], [1 << 62, 1 << 62], [10 ** 400], [1.0], [[1]]],
+            "data_offsets": [None, [], [0], [0, 1, 2], [-4, 4], [1 << 70, 1 << 71], ["0", "4"], 5]}
     names = [name for name in header if name != "__metadata__"]
-    rows = {"dtype": ["F8", "", None, 3, [], "F16", "F64", "I64", "U8"],
-            "shape": [None, 3, "x", [], [1], [-1, -1], [1 << 62, 1 << 62], [10 ** 400], [1.0],
-                      [[1]], [1] * 99, [None]],
-            "data_offsets": [None, [], [0], [0, 1], [0, 1, 2], [-4, 4], [1 << 70, 1 << 71],
-                             ["0", "4"], [4, 0], [0.5, 1], {}, 5]}
     for key, value in ((key, value) for key, values in rows.items() for value in values):
         yield packed(header | {chance.choice(names[1:]): header[names[1]] | {key: value}}, body)
-    for name in chance.sample(names, 9):  # a hole; two in one place; another model's
+    for name in chance.sample(names, 5):  # a hole; two in one place; another model's
         yield packed({n: a for n, a in header.items() if n != name}, body)
         yield packed(header | {"more": header[name]}, body)
         yield packed({n.replace(name, name + "x"): a for n, a in header.items()}, body)
     yield packed(header, body + b"\0" * 4)
-    yield bytes(chance.randrange(256) for _ in range(300))
 
-def test_a_hundred_damaged_files_are_one_line_each():
+def test_damaged_files_are_one_line_each():
     config = dict(model_type="gpt2", vocab_size=11, n_positions=7, n_layer=1, n_embd=6, n_head=2)
     model = run_folder(gpt.config_in(config)[1], gpt.CharTokenizer("abcdefghijk"))
-    gpt.export("a", out="run")
+    gpt.export(folder="a", out="run")
     path, whole = Path("a/model.safetensors"), Path("a/model.safetensors").read_bytes()
-    files = list(damaged(whole))
-    assert len(files) >= 100
-    for i, file in enumerate(files):
+    for i, file in enumerate(damaged(whole)):
         path.write_bytes(file)
         code, out, err = run_main("sample", "--init", "a")
         assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("gpt.py: error: "), i
@@ -1372,7 +1240,7 @@ def test_an_exported_run_is_the_same_model_there(transformers, changes):
     tokenizer = gpt.CharTokenizer("\n abcdefghé日👩")
     config = gpt.Config(**BASE | changes | {"vocab_size": len(tokenizer.tokens)})
     model = run_folder(config, tokenizer)
-    gpt.export("a", out="run")
+    gpt.export(folder="a", out="run")
     loaded = transformers.AutoModelForCausalLM.from_pretrained("a").eval()
     same_model(model, loaded)
     their, text = transformers.AutoTokenizer.from_pretrained("a"), "a b\n\n日é  👩 cab 日 h \n"
@@ -1388,7 +1256,7 @@ def test_an_exported_run_is_the_same_model_there(transformers, changes):
         assert json.loads(Path("a/config.json").read_text())["n_ctx"] == 29
 
 @pytest.mark.parametrize("changes, name", [
-    (dict(n_layer=0), "bigram"), (dict(pos="none"), "pos"), (dict(mlp="relu2"), "mlp"),
+    (dict(n_layer=0), "num_hidden_layers"), (dict(pos="none"), "pos"), (dict(mlp="relu2"), "mlp"),
     (dict(norm="layer"), "norm"), (dict(bias=True), "bias"),
     (gpt.ARCHS["gpt2"] | dict(n_kv_head=1), "n_kv_head"),
     (gpt.ARCHS["gpt2"] | dict(bias=False), "bias"),
@@ -1427,7 +1295,7 @@ def test_our_tokenizers_give_the_same_ids_there(transformers, kind):
     text = (HERE / "input.txt").read_text()
     tokenizer = gpt.TOKENIZERS[kind].train([text[:200_000], STRANGE * 3], 800)
     run_folder(gpt.Config(**BASE | {"vocab_size": len(tokenizer.tokens)}), tokenizer)
-    gpt.export("t", out="run")
+    gpt.export(folder="t", out="run")
     ours, their = gpt.load_model("t")[1], transformers.AutoTokenizer.from_pretrained("t")
     for text in (STRANGE, text[-20_000:]):
         ids = tokenizer.encode(text, special=True).tolist()
@@ -1449,19 +1317,12 @@ def learnt(size, special):
     t.train_from_iterator([(HERE / "input.txt").read_text()[:100_000], STRANGE * 3], trainer)
     return t
 
-@pytest.mark.parametrize("form", ["tokenizer.json", "without a type", "vocab.json, merges.txt"])
-def test_tokenizers_of_others_are_theirs(transformers, form):
+def test_tokenizers_of_others_are_theirs(transformers):
     t = learnt(700, ["<|im_end|>", "<|endoftext|>"])
     theirs(transformers, "gpt2", dict(vocab_size=703), "a")
     edit("a/config.json", {"eos_token_id": 0})
     edit("a/generation_config.json", {"eos_token_id": [1, 0]})
-    if form.startswith("vocab"):
-        t.model.save("a")
-    else:
-        t.save("a/tokenizer.json")
-    if form.startswith("without"):
-        edit("a/tokenizer.json", {"model": {k: v for k, v in json.loads(
-            Path("a/tokenizer.json").read_text())["model"].items() if k != "type"}})
+    t.save("a/tokenizer.json")
     tokenizer = gpt.load_model("a")[1]
     assert len(tokenizer.tokens) == 703 and tokenizer.ends == {0, 1} and tokenizer.eot == 0
     ids = tokenizer.encode(STRANGE, special=True).tolist()
@@ -1471,7 +1332,7 @@ def test_tokenizers_of_others_are_theirs(transformers, form):
     assert again.state() == tokenizer.state()
     assert torch.equal(again.encode(STRANGE), tokenizer.encode(STRANGE))
     gpt.train(init="a", data="text.txt", out="tuned", steps=1, batch_size=1, device="cpu", probe="")
-    gpt.export("b", out="tuned")
+    gpt.export(folder="b", out="tuned")
     their = transformers.AutoTokenizer.from_pretrained("b")
     assert their(STRANGE, add_special_tokens=False).input_ids == ids
 
@@ -1480,7 +1341,7 @@ def test_a_damaged_tokenizer_is_one_line(transformers, file):
     pytest.importorskip("tokenizers", reason="tokenizers is not installed")
     theirs(transformers, "gpt2", {}, "a")
     Path("a/tokenizer.json").write_bytes(file)
-    assert "tokenizer.json" in refused("sample", "--init", "a")
+    assert "a cannot be read" in refused("sample", "--init", "a")
 
 def test_a_folder_without_a_tokenizer_or_its_package_says_so(transformers, monkeypatch):
     theirs(transformers, "gpt2", {}, "a")
@@ -1505,7 +1366,7 @@ def small_gpt2(monkeypatch):
     monkeypatch.setitem(gpt.GPT2_SIZES, "gpt2", (2, 3, 6))
     model = run_folder(gpt.Config(vocab_size=50257, block_size=1024, n_layer=2, n_head=3, n_embd=6,
                                   **gpt.ARCHS["gpt2"]), gpt.CharTokenizer("ab"))
-    gpt.export("x", out="run")
+    gpt.export(folder="x", out="run")
     whole = Path("x/model.safetensors").read_bytes()
     length = struct.unpack("<Q", whole[:8])[0]
     n = len(whole) - 8 - length
@@ -1534,27 +1395,9 @@ def test_gpt2_offline_or_cut_short_names_the_file(small_gpt2, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file",
                         lambda url, path, *a: Path(path).write_bytes(small_gpt2[1][:-100]))
     said = error(gpt.load_model, "gpt2")
-    assert "damaged" in said and place[:-18] in said
+    assert "cannot be read" in said and place[:-18] in said
 
 # --- As a program, in a notebook, in the README --------------------------------------------------
-
-@pytest.mark.parametrize("text, code", [
-    (b"", 2), (b"a", 2), (b"a b", 0), (b"\n" * 50, 0), (b"a\0b\0" * 20, 0),
-    (b"\xef\xbb\xbfabc" * 9, 0),
-    (b"a\r\nb\r\n" * 30, 0), ("漢字かな交じり文。".encode() * 30, 0), ("🙂🏳️‍🌈👩‍👩‍👧".encode() * 20, 0),
-    (b"x" * 3_000_000, 0), (b"fine, then \xe2\x82", 2), (b"\xff\xfea\0", 2),
-    (b"a" + b" " * 999_999 + b"b", 0)], ids=range(13))
-@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
-def test_any_text_trains_and_samples_or_is_refused_in_one_line(text, code, tokenizer):
-    Path("t.txt").write_bytes(text)
-    size = 260 if tokenizer == "bpe" else None
-    words = flags(data="t.txt", steps=2, tokenizer=tokenizer, vocab_size=size)
-    if code:
-        assert "t.txt" in refused(*words)
-        return
-    assert run_main(*words)[0] == 0
-    for prompt in ("", "a", "\ud800 lone", "\n", "漢"):
-        assert run_main("sample", "--tokens", 20, "--prompt", prompt)[0] == 0
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_an_interrupted_process_saves_and_says_how_to_go_on(number):
@@ -1578,7 +1421,7 @@ def test_killed_at_any_moment_a_run_can_go_on():
         again = ["train", "--resume"] if Path("out/ckpt.pt").exists() else [*words, "--overwrite"]
         running = start(HERE, *again, python=["-c", SLOW_DISK])
         if kill < kills:
-            while "a loss of" not in (line := running.stdout.readline()):
+            while "which nine tenths" not in (line := running.stdout.readline()):
                 assert line, running.stderr.read()
             time.sleep(chance.uniform(0.1, 2))
             running.kill()
@@ -1609,13 +1452,10 @@ def test_help_names_every_setting_and_begins_with_what_people_set(capsys):
         names = [f.name for f in fields(function.settings)]
         assert done.value.code == 0
         assert all(("--" + n.replace("_", "-") if n != "folder" else n) in out for n in names)
-        assert "_" not in re.sub("MUON_|<.*?>", "", " ".join(re.findall(r"^  --\S+", out, re.M)))
-    with pytest.raises(SystemExit):
-        gpt.main(["train", "--help"])
-    order = re.findall(r"^  --([a-z-]+)", capsys.readouterr().out, re.M)
-    assert order[:6] == ["data", "out", "steps", "minutes", "size", "tokenizer"]
+        order = re.findall(r"^  --([a-z-]+)", out, re.M)
+        assert name != "train" or order[:4] == ["data", "out", "steps", "minutes"]
     assert "invalid choice" in refused("trane") and "required" in refused()
-    assert "--data" in refused("train", "my.txt") and "steps" in refused("train", "--epochs", "3")
+    assert "--data" in refused("train", "my.txt")
 
 def test_importing_does_nothing_and_needs_only_torch():
     code = f"""import sys; sys.modules.update(tiktoken=None, numpy=None, kernels=None, regex=None)
@@ -1637,9 +1477,6 @@ def test_the_folder_that_one_works_in_is_data_without_what_a_run_leaves_there():
         code, _, err = run_main(*words)
         assert code == 0, (words, err)
 
-def test_python_without_docstrings_runs_the_program():
-    assert process(*flags(steps=1), python=["-OO", HERE / "gpt.py"])[0] == 0
-
 def test_world_size_without_torchrun_is_one_line():
     code, _, err = process(*flags(), env={**os.environ, "WORLD_SIZE": "2"})
     assert code == 2 and err.count("\n") == 1 and "torchrun" in err
@@ -1659,20 +1496,14 @@ def test_pasted_into_a_notebook_it_says_what_to_call_and_works(monkeypatch, caps
     monkeypatch.setitem(sys.modules, "__main__", module)
     exec(compile((HERE / "gpt.py").read_text("utf-8"), "<cell>", "exec"), module.__dict__)
     assert len(capsys.readouterr().out.splitlines()) == 2 and module.NO_KERNELS
-    def offline(*a, **k):
-        raise OSError("no network")
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(module.Error, match="tinyshakespeare.*no network"):
         module.train(steps=20, device="cpu")
     Path("input.txt").write_text(TEXT)
-    with pytest.raises(module.Error, match=r"train\(out='cell'\)") as caught:
+    with pytest.raises(module.Error, match="no run"):
         module.sample(out="cell")
-    assert caught.value._render_traceback_() == [f"gpt.Error: {caught.value}"]  # what IPython shows
     tiny = dict(device="cpu", n_embd=16, n_head=2, steps=2)
     assert module.train(**tiny)["step"] == 2 and len(module.sample(tokens=50)[0]) == 50
-    module.train(**tiny, out="cell")
-    out = capsys.readouterr().out
-    assert "now: sample()" in out and "now: sample(out='cell')" in out
 
 def readme(language):
     return re.findall(rf"```{language}\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.S)
@@ -1680,7 +1511,7 @@ def readme(language):
 def test_the_readme_commands_run():
     """Every gpt.py command of the README, made short; its flags and files must exist."""
     for name in ("my.txt", "input.txt"):
-        Path(name).write_text(TEXT)
+        Path(name).write_text(TEXT + "MARA:")
     lines = [line.split("#")[0] for block in readme("bash") for line in block.splitlines()]
     lines = [line.partition("gpt.py ")[2] for line in lines if "gpt.py " in line]
     assert len(lines) > 12
@@ -1812,7 +1643,7 @@ def attention_error(kernels, case, run=None, device="cpu"):
                                  *(x.double() for x in inputs))
     return kernels.worst_error(ours, truth)
 
-CASES = [(2, 17, 64, 77, 128), (16, 48, 64, 80, 128), ((2, 2), (4, 2), (4, 1)), (True, False),
+CASES = [(2, 17, 64, 77, 128), (16, 32, 64, 128), ((2, 2), (4, 2), (4, 1)), (True, False),
          (0, 51, -13), (False, True), (torch.float32, torch.float16)]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
@@ -1831,7 +1662,7 @@ def test_triton_attention_agrees_with_float64():
         error = attention_error(kernels, case)
         assert error < TOLERANCE[case[-1]], f"{case}: {error:.1e}"
 
-PLANTED = [("n <= row + TK - TQ", "n < row + TK - TQ", "the mask hides the diagonal"),
+PLANTED = [("n[None, :] <= row", "n[None, :] < row", "the mask hides the diagonal"),
            ("acc * alpha[:, None]", "acc", "the sum is not rescaled at a new maximum"),
            (" - delta[None, :])", ")", "dK without delta"),
            ("m0 + BM + TK - TQ)", "m0 + TK - TQ)", "the last keys are left out"),
@@ -1863,7 +1694,7 @@ def test_attention_is_one_op_in_a_compiled_graph():
     """Guards against graph breaks, wrong shapes under torch.compile and a compilation a length."""
     kernels = load_kernels()
     q, k, v, _ = (x.requires_grad_() for x in random_inputs(4, 2, 40, 40, 16, torch.float32))
-    torch.library.opcheck(kernels.attention_forward, (q, k, v, True, 0.25, "triton"))
+    torch.library.opcheck(kernels.attention_forward, (q, k, v, 0.25, "triton"))
     graphs = []
     def backend(graph, inputs):
         graphs.append([node for node in graph.graph.nodes if "gpt_kernels" in str(node.target)])
@@ -1880,7 +1711,7 @@ def test_attention_is_one_op_in_a_compiled_graph():
         with mode():
             one = kernels.attention_triton(q[:, :1], k, v)  # a query beside a cache
             assert torch.allclose(one, kernels.attention_reference(q[:, :1], k, v), atol=1e-5)
-    for bad in ((q, k[:, :5], v), (q[:1], k, v), (q, k.half(), v.half())):
+    for bad in ((q, k[:, :5], v), (q[:1], k, v)):
         with pytest.raises(ValueError, match="fit"):
             kernels.attention_triton(*bad)
 
@@ -2022,7 +1853,7 @@ def test_cuda_cpp_agrees_with_float64(monkeypatch):
 
 @needs_gxx
 @pytest.mark.parametrize("bug", [
-    ("(A.causal && key > query + offset)", "(A.causal && key >= query + offset)"),
+    ("key > query + offset", "key >= query + offset"),
     ("__syncthreads();         // the tiles are complete", ""),
     (" - delta[i])", ")"), ("mma_16x8x8(c, a[2], a[3], b1);", "")])
 def test_planted_bugs_in_cuda_cpp_are_seen(bug):
@@ -2071,7 +1902,7 @@ def launches(kernels, D, dtype):
     x, LSE = meta(16, 1024, 12, D, dtype=dtype), meta(16, 12, 1024)
     given = (x, x, x, x, LSE), (x,) * 5 + (LSE, LSE), (x,) * 6 + (LSE, LSE)
     for which, tensors in enumerate(given):
-        kernels.launch_triton(which, tensors, True, 0.125)
+        kernels.launch_triton(which, tensors, 0.125)
     kernels.fused_softmax(meta(8, 16384, dtype=dtype))
     logits = meta(1024, 50304, dtype=dtype)[:, :50257]
     kernels.fused_rows(logits, meta(1024, dtype=torch.int64), -1, True)
@@ -2138,7 +1969,7 @@ def check_machine(device, impl, dtypes, cases):
 
 @in_interpreter
 def test_what_a_gpu_will_be_asked_runs_here():
-    check_machine("cpu", "triton", [torch.float16], [[17, 48, (4, 1), True, 51, True, None]])
+    check_machine("cpu", "triton", [torch.float16], [[17, 32, (4, 1), True, 51, True, None]])
 
 @needs_gpu
 @pytest.mark.parametrize("impl", ["triton", "cuda"])
@@ -2185,11 +2016,11 @@ def test_torch_attention_agrees_with_the_formula(kernels):
 @pytest.mark.parametrize("impl, capability, dtype, D, reason", [
     ("triton", (8, 0), torch.float16, 64, ""), ("triton", (12, 0), torch.bfloat16, 128, ""),
     ("triton", (8, 0), torch.float32, 64, "fp16 or bf16"), ("triton", (8, 0), torch.float32, 0, ""),
-    ("triton", (8, 0), torch.float16, 129, "up to 128"),
-    ("triton", (7, 5), torch.float16, 64, "8.0"),
-    ("triton", (7, 5), torch.float16, 0, ""), ("triton", (7, 5), torch.bfloat16, 0, "8.0"),
+    ("triton", (8, 0), torch.float16, 80, "or 128"),
+    ("triton", (7, 5), torch.float16, 64, "(8, 0)"),
+    ("triton", (7, 5), torch.float16, 0, ""), ("triton", (7, 5), torch.bfloat16, 0, "(8, 0)"),
     ("cuda", (7, 5), torch.float16, 64, ""), ("cuda", (7, 5), torch.float16, 80, "heads of 64"),
-    ("cuda", (7, 5), torch.bfloat16, 64, "fp16"), ("cuda", (7, 0), torch.float16, 64, "7.5")])
+    ("cuda", (7, 5), torch.bfloat16, 64, "fp16"), ("cuda", (7, 0), torch.float16, 64, "(7, 5)")])
 def test_rules(impl, capability, dtype, D, reason, kernels, monkeypatch):
     """Guards against a kernel that is tried where it cannot run, or left out without a reason."""
     monkeypatch.setattr(kernels, "triton", object())
@@ -2199,7 +2030,7 @@ def test_rules(impl, capability, dtype, D, reason, kernels, monkeypatch):
     assert reason in why and bool(reason) == bool(why)
     assert "heads" in kernels.cannot_run(impl, torch.device("cuda"), torch.float16, 64, 2 ** 16)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "ROCm" in kernels.cannot_run(impl, torch.device("cuda"), dtype, D)
+    assert "NVIDIA" in kernels.cannot_run(impl, torch.device("cuda"), dtype, D)
 
 def stand_in(kernels, monkeypatch, device, plants):
     """A CPU that takes itself for a GPU (or MPS): tensors are made here, attentions replaced."""
@@ -2249,7 +2080,7 @@ def test_the_rule_on_a_cpu_and_requests(kernels):
                           (999, "plain", "plain")):
         run, why = kernels.choose("cpu", torch.float32, (1, T, 2, 2, 16), impl)
         assert run is kernels.ATTENTION[name] and why.startswith(name)
-    for impl, says in (("triton", "the device is cpu"), ("cuda", "cpu"), ("flash", "choose one")):
+    for impl, says in (("triton", "device is cpu"), ("cuda", "cpu"), ("flash", "cannot be used")):
         with pytest.raises(ValueError, match=says):
             kernels.choose("cpu", torch.float32, (1, 9, 2, 2, 16), impl)
 
@@ -2338,13 +2169,13 @@ def test_loss_keeps_memory_low():
              for name in ("linear_cross_entropy", "plain_loss")]
     assert grown[0] < 200 and grown[1] > 2.5 * grown[0], grown
 
-def test_kernels_as_a_program(kernels, monkeypatch, tmp_path, capsys):
+def test_kernels_as_a_program(kernels, monkeypatch, capsys):
     """Guards against a table that one failing kernel ends."""
     def broken(*a):
         raise RuntimeError("no such kernel")
     monkeypatch.setitem(kernels.ATTENTION, "sdpa", broken)
-    assert kernels.main(["--json", str(tmp_path / "table")]) == 1
-    rows = {row["name"]: row for row in json.loads((tmp_path / "table").read_text())}
+    assert kernels.main(["--json"]) == 1
+    rows = {row["name"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
     assert "no such kernel" in rows.pop("attention sdpa")["failed"]
     assert {"attention plain", "softmax", "loss"} <= set(rows)
-    assert all(row["ok"] and row["forward_ms"] > 0 and row["tflops"] for row in rows.values())
+    assert all(row["error"] < 1e-5 and row["forward_ms"] > 0 for row in rows.values())
