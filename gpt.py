@@ -593,7 +593,8 @@ def download(url, path, sha256=None):
 def find_files(name):
     """The files that one name in `data` stands for: a file's, a glob's, a folder's visible .txt."""
     path = os.path.expanduser(name)
-    pattern = os.path.join(path, "**", "*.[tT][xX][tT]") if os.path.isdir(path) else path
+    inside = os.path.join(glob.escape(path), "**", "*.[tT][xX][tT]")
+    pattern = inside if os.path.isdir(path) else path
     found = [path] if os.path.isfile(path) else sorted(glob.glob(pattern, recursive=True))
     found = [Path(p) for p in found if os.path.isfile(p)]
     if not found and name == "input.txt":
@@ -616,6 +617,8 @@ def read_documents(path, size):
             yield iter(lambda: file.read(size), "")
             return
         for number, line in enumerate(file, 1):
+            if line.isspace():
+                continue
             try:
                 yield [whole_characters(json.loads(line)["text"])]
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -868,7 +871,7 @@ def train(s):
             model, tokenizer = load_model(path)
             length = {"steps": None, "minutes": None} if {"steps", "minutes"} & {*s.given} else {}
             s = inherit(s, checkpoint["settings"] | length, MAY_CHANGE)
-        elif path.exists() and not s.overwrite:
+        elif (path.exists() or path.with_name("best.pt").exists()) and not s.overwrite:
             raise Error(f"{s.out} holds a run: --resume goes on with it, --out OTHER starts "
                         "another beside it, --overwrite replaces it")
         elif s.init:
@@ -880,9 +883,14 @@ def train(s):
         text = load_tokens(s.data, tokenizer or s.tokenizer, s.vocab_size)
         if world > 1 and not rank:
             dist.barrier()
+        if checkpoint and checkpoint["data_fingerprint"] != text.fingerprint:
+            raise Error(f"{', '.join(s.data):.100} is not the text of the run in {s.out}")
         fit_to_text(s, text, world)
         torch.manual_seed(s.seed)
-        run = Run(s, model or GPT(s), text, device, rank, world, signals)
+        new = GPT(s)
+        if model:
+            new.load_state_dict(model.state_dict())
+        run = Run(s, new, text, device, rank, world, signals)
         run.restore(checkpoint)
         return run.loop()
 
@@ -946,8 +954,6 @@ class Run:
         """Put back what a checkpoint holds besides the weights; say what will happen."""
         s, text, model = self.s, self.text, self.model
         if checkpoint:
-            if checkpoint["data_fingerprint"] != text.fingerprint:
-                raise Error(f"{', '.join(s.data):.100} is not the text of the run in {s.out}")
             for optimizer, state in zip(self.optimizers, checkpoint["optimizer"]):
                 optimizer.load_state_dict(state)
             if checkpoint["scaler"] and self.scaler.is_enabled():
@@ -970,6 +976,7 @@ class Run:
             before, (self.progress, stop) = self.progress, self.agree()
             done = self.progress >= 1
             due = (done or self.due(before)) and self.looked_step < self.step
+            begun = time.monotonic()
             try:
                 if self.rank == 0 and due:
                     self.look()
@@ -979,13 +986,16 @@ class Run:
                 if done or stop:
                     raise
                 notice(f"{e}; training goes on")
+            if due:
+                self.looked = time.monotonic()
+                self.longest = max(self.longest, self.looked - begun)
             if done or stop:
                 return self.finish(stop)
             self.train_step()
 
     def agree(self):
         """-> (share of the run that is behind us, signal or 0): the first process's word."""
-        left = 60 * (self.s.minutes or 0) - 1.5 * self.longest
+        left = 60 * (self.s.minutes or 0) - 1.5 * self.longest - 0.3  # the end takes its time
         progress = self.step / self.s.steps if self.s.steps else self.seconds() / max(1e-9, left)
         stop = self.signals[0] if self.signals else 0
         if self.world > 1:
@@ -1048,7 +1058,9 @@ class Run:
 
     def look(self):
         """Evaluate, over windows that are always the same; keep the best; log; read the line."""
-        begun, s, device = time.monotonic(), self.s, self.device
+        s, device = self.s, self.device
+        steps = self.step - max(0, self.looked_step)
+        speed = steps * self.tokens_per_step / (time.monotonic() - self.looked)
         run_tokens = s.steps * self.tokens_per_step if s.steps else 1 << 22
         limit = max(s.block_size, min(run_tokens // 600, 1 << (15 if device.type == "cpu" else 18)))
         with precision(device, self.dtype):
@@ -1056,8 +1068,6 @@ class Run:
         if self.step and self.val_loss < self.best:
             self.best = self.val_loss
             self.save("best.pt")
-        steps = self.step - max(0, self.looked_step)
-        speed = steps * self.tokens_per_step / (begun - self.looked)
         append_line(self.out / "log.jsonl", {
             "step": self.step, "tokens": self.step * self.tokens_per_step,
             "seconds": self.seconds(), **self.last, "val_loss": self.val_loss,
@@ -1068,8 +1078,7 @@ class Run:
             f"{speed:,.0f} tokens/s  {100 * min(1, self.progress):.0f} % in {self.seconds():.0f} s")
         if s.probe != "":
             record_probe(self)
-        self.looked, self.looked_step = time.monotonic(), self.step
-        self.longest = max(self.longest, self.looked - begun)
+        self.looked_step = self.step
 
     def save(self, name):
         """best.pt has what other commands need, ckpt.pt also what only training needs."""

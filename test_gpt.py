@@ -353,9 +353,11 @@ def test_files_folders_and_globs_are_read_as_they_are(monkeypatch):
     Path("d/dangling.txt").symlink_to("nowhere")
     Path("d/a.txt").write_bytes(b"\xef\xbb\xbfone\r\n" + b"." * 20)
     Path("d/deep/B.TXT").write_text("два", "utf-8")
-    Path("c.jsonl").write_text('{"text": "half \\ud83d"}\n{"text": "three\\n"}\n')
+    Path("c.jsonl").write_text('{"text": "half \\ud83d"}\n\n{"text": "three\\n"}\n')
     one = "one\r\n" + "." * 20
     assert text_of("d") == text_of("~/d") == one + "два" and text_of("d/*.txt") == one
+    shutil.copytree("d", "d[1]", symlinks=True)
+    assert text_of("d[1]") == text_of("d")
     assert text_of("c.jsonl", "d/deep/B.TXT", "d/a.txt") == "half \ufffdthree\nдва" + one
 
 def test_documents_are_separated_where_the_tokenizer_can(bpe):
@@ -558,6 +560,8 @@ def test_a_repeated_command_never_loses_a_run():
     line = refused(*flags(out="r"))
     assert all(word in line for word in ("--resume", "--out", "--overwrite"))
     refused(*flags(out="r", data="nowhere.txt"), "--overwrite")
+    os.rename("r/ckpt.pt", "kept.pt")
+    assert "--overwrite" in refused(*flags(out="r"))  # best.pt alone is a run too
     assert train(out="r", overwrite=True, steps=2)["step"] == 2 and len(log("r")) == 3
 
 def test_looks_are_at_powers_of_two_and_twenty_even_distances(monkeypatch):
@@ -696,6 +700,8 @@ def test_fine_tuning_keeps_weights_and_tokenizer_and_starts_anew():
     assert result["step"] == 3 and state["tokenizer"]["chars"] == "".join(sorted(set(TEXT)))
     assert state["settings"]["lr"] == pytest.approx(gpt.Training.lr / 10)
     assert state["settings"]["n_embd"] == 32 and log("fine")[0]["val_loss"] < learnt + 1
+    dropped = gpt.train(init="base", data="more.txt", out="d", steps=3, batch_size=2, dropout=0.5)
+    assert dropped["train_loss"] != result["train_loss"]  # its own, not that of the base
     assert "n_embd is 32" in refused("train", "--init", "base", "--n-embd", "64", "--out", "x")
 
 def test_two_processes_give_the_weights_of_one():
