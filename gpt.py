@@ -1316,7 +1316,8 @@ def open_model(s, half=False):
     if tokenizer is None:
         raise Error(f"{s.init}: there is no tokenizer in it that gpt.py can read")
     model.to(device, dtype if half or dtype == torch.float64 else torch.float32)
-    choose_attention(model, s.attention, dtype)
+    one_query = half and s.attention == "auto" and device.type == "cpu"  # torch's is faster at it
+    choose_attention(model, "sdpa" if one_query else s.attention, dtype)
     return model, tokenizer, device, dtype
 
 def run_data(out, tokenizer):
