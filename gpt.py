@@ -390,7 +390,7 @@ def fused_attention(q, k, v):
 
 def choose_attention(model, impl, dtype, batch_size=1):
     """Let the blocks use the attention that suits this machine, or `impl` -> what it is, and why.
-    It must agree with `attention` above: what is changed there is never silently ignored."""
+    It must agree with the block's own: what is changed there is never silently ignored."""
     c, device = model.config, next(model.parameters()).device
     if impl == "plain" or impl == "auto" and device.type == "cpu" and c.block_size <= 256:
         attend, reason = attention, "plain attention"
@@ -405,10 +405,10 @@ def choose_attention(model, impl, dtype, batch_size=1):
         except ValueError as e:
             raise Error(f"attention {impl}: {e}") from None
     q, k, v = torch.randn(3, 1, c.block_size, 1, c.head_dim, device=device, dtype=dtype)
-    wanted, got = attention(q, k, v), attend(q, k, v)
-    if not (got - wanted).norm() < 0.02 * wanted.norm():  # in half precision it is 0.006
-        attend, reason = attention, f"plain attention, which {reason} does not agree with"
     for block in model.blocks:
+        own = block.attn.attend(q, k, v)
+        if not (attend(q, k, v) - own).norm() < 0.02 * own.norm():  # half precision: 0.006
+            return f"plain attention, which {reason} does not agree with"
         block.attn.attend = attend
     return reason
 
@@ -437,7 +437,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(H * D, C, bias=config.bias)
         self.q_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.attend = attention  # `choose_attention` may put a faster one here
+        self.attend = attention  # `choose_attention` may put a faster one in its place
 
     def forward(self, x, rope, cache):
         B, T, _ = x.shape
@@ -845,6 +845,7 @@ def processes(device):
     try:
         with contextlib.redirect_stdout(io.StringIO() if rank else sys.stdout):
             yield rank, world
+        dist.barrier()  # nobody leaves before the first process has saved
     finally:
         dist.destroy_process_group()
 
@@ -923,19 +924,20 @@ class Run:
         self.train_ids, self.val_ids = split(text.ids)
         self.tokens_per_step = s.batch_size * s.accum * world * s.block_size
         self.dtype = pick_dtype(s.dtype, device)
-        self.model = model.train()  # what is evaluated, looked into and saved
+        self.model = model.train()
         self.model.to(device, torch.float64 if self.dtype == torch.float64 else torch.float32)
         self.model.checkpoint_activations = s.checkpoint_activations
         self.attention = choose_attention(model, s.attention, self.dtype, s.batch_size)
-        self.forward = self.model
+        self.forward = self.model  # or compiled
+        self.eval_model = self.model  # what is evaluated, looked into, and saved as best.pt
         self.optimizers = make_optimizers(self.model, s)
         # float16 loses small gradients: the loss is multiplied before the backward pass
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.step, self.best, self.val_loss, self.seconds_before = 0, math.inf, math.nan, 0.0
+        self.kept = dict(zip(("optimizer", "muon"), self.optimizers), scaler=self.scaler)
+        self.step, self.best, self.val_loss = 0, math.inf, math.nan
         self.last = {"train_loss": None, "lr": 0.0, "grad_norm": None}
         self.progress, self.skipped, self.looked_step, self.longest = 0.0, 0, -1, 0.0
-        self.began = vars(train).pop("started", None) or time.monotonic()  # the command, or now
-        self.looked = self.saved = self.began  # times
+        self.began = self.looked = self.saved = vars(train).pop("started", None) or time.monotonic()
         if s.compile == "on" or s.compile == "auto" and device.type == "cuda":
             self.compile()
 
@@ -954,13 +956,12 @@ class Run:
         """Put back what a checkpoint holds besides the weights; say what will happen."""
         s, text, model = self.s, self.text, self.model
         if checkpoint:
-            for optimizer, state in zip(self.optimizers, checkpoint["optimizer"]):
-                optimizer.load_state_dict(state)
-            if checkpoint["scaler"] and self.scaler.is_enabled():
-                self.scaler.load_state_dict(checkpoint["scaler"])
+            for name, part in self.kept.items():
+                if checkpoint[name]:  # a scaler that was not in use has nothing
+                    part.load_state_dict(checkpoint[name])
             self.step = self.looked_step = checkpoint["step"]
             self.best, self.val_loss = checkpoint["best"], checkpoint["val_loss"]
-            self.seconds_before = checkpoint["seconds"]
+            self.began -= checkpoint["seconds"]
         self.line = probe_line(s.probe, self.tokenizer, self.val_ids, s.block_size)
         times = (s.steps or 0) * self.tokens_per_step / len(self.train_ids)
         seen = f", {times:.2g} times in {s.steps:,} steps" if times else ""
@@ -1014,14 +1015,15 @@ class Run:
         return even or self.step & (self.step - 1) == 0  # 0, 1, 2, 4, 8, ...
 
     def seconds(self):
-        return self.seconds_before + time.monotonic() - self.began
+        return time.monotonic() - self.began
 
     def train_step(self):
         """The gradient of the loss over batch_size x accum x processes windows, then a step. All
         chance in it comes from (seed, step, rank): a run that goes on repeats it exactly."""
         s, rate = self.s, lr_share(self.step, self.progress, self.s.warmup)
-        for group in itertools.chain(*(optimizer.param_groups for optimizer in self.optimizers)):
-            group["lr"] = group["peak"] * rate
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate
         torch.manual_seed((s.seed + 7919 * self.step + 104_729 * self.rank) % 2 ** 64)  # dropout's
         shape = s.accum, self.world, s.batch_size
         windows = get_batch(self.train_ids, s.block_size, shape, self.rank, s.seed, self.step)
@@ -1064,7 +1066,8 @@ class Run:
         run_tokens = s.steps * self.tokens_per_step if s.steps else 1 << 22
         limit = max(s.block_size, min(run_tokens // 600, 1 << (15 if device.type == "cpu" else 18)))
         with precision(device, self.dtype):
-            self.val_loss, _ = estimate_loss(self.model, self.val_ids, None, s.batch_size, limit)
+            self.val_loss, _ = estimate_loss(
+                self.eval_model, self.val_ids, None, s.batch_size, limit)
         if self.step and self.val_loss < self.best:
             self.best = self.val_loss
             self.save("best.pt")
@@ -1082,20 +1085,18 @@ class Run:
 
     def save(self, name):
         """best.pt has what other commands need, ckpt.pt also what only training needs."""
-        state = {"format": FORMAT, "model": self.model.state_dict(), "settings": asdict(self.s),
+        model = self.model if name == "ckpt.pt" else self.eval_model
+        state = {"format": FORMAT, "model": model.state_dict(), "settings": asdict(self.s),
                  "tokenizer": self.tokenizer.state(), "step": self.step, "val_loss": self.val_loss,
                  "data_fingerprint": self.text.fingerprint}
         if name == "ckpt.pt":
             self.saved = time.monotonic()
-            state |= {"optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
-                      "scaler": self.scaler.state_dict(), "seconds": self.seconds(),
-                      "best": self.best}
+            state |= {"seconds": self.seconds(), "best": self.best}
+            state |= {name: part.state_dict() for name, part in self.kept.items()}
         with atomic(self.out / name) as file:
             torch.save(state, file)
 
     def finish(self, stop):
-        if self.world > 1:  # nobody leaves before the first process has saved
-            dist.barrier()
         if self.val_loss > 1.02 * self.best:
             notice(f"best.pt keeps the lowest validation loss, {self.best:.4f}; after it the model "
                    "learnt by heart: more text, dropout or a smaller model would help")
@@ -1144,14 +1145,16 @@ def sample_next(logits, s, generator):
         raise Failure("the logits are not finite: trained too fast, or in too coarse a precision")
     if s.temperature < 1e-6:
         return logits.argmax(dim=-1)
-    logits, V = logits / s.temperature, logits.size(-1)
-    if not s.top_k and s.top_p == 1:
-        return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
-    logits, ids = logits.topk(min(s.top_k or V, V), dim=-1)  # likeliest first
-    probs = logits.softmax(dim=-1)
-    before = probs.cumsum(dim=-1) - probs
-    probs[:, 1:] *= before[:, 1:] < s.top_p  # a token stays if those before it have less than p
-    return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+    logits = logits / s.temperature
+    if s.top_k:
+        kept, ids = logits.topk(min(s.top_k, logits.size(-1)))
+        logits = torch.full_like(logits, -math.inf).scatter(-1, ids, kept)
+    if s.top_p < 1:
+        probs, ids = logits.softmax(dim=-1).sort(descending=True)
+        out = probs.cumsum(dim=-1) - probs >= s.top_p  # those before a token have p already
+        out[:, 0] = False
+        logits = logits.masked_fill(out.scatter(-1, ids, out), -math.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
 
 @torch.inference_mode()
 def generate(model, idx, s, generator=None):
@@ -1358,41 +1361,59 @@ def logit_lens(model, idx):
 
 @torch.no_grad()
 def attention_maps(model, idx):
-    """Ids (T,) -> where each token's attention goes, (n_layer, H, T, T). It is the model's own:
-    what `attention` makes of each block's q and k, with the identity in the place of v."""
+    """Ids (T,) -> where each token's attention goes, (T, T) for each head of each block. It is the
+    model's own: what its attention makes of the identity in the place of v, D columns at a time."""
     maps, attends = [], [block.attn.attend for block in model.blocks]
 
-    def record(q, k, v):
-        identity = torch.eye(len(idx), dtype=v.dtype, device=v.device)[None, :, None]
-        probs = attention(q, k, identity.expand(-1, -1, k.size(2), -1))  # (1, T, H, T)
-        maps.append(probs[0].transpose(0, 1).float().cpu())
-        return attention(q, k, v)
+    def record(attend, q, k, v):
+        _, T, H_kv, D = k.shape
+        identity = torch.eye(T, -(-T // D) * D).to(v)[None, :, None].expand(-1, -1, H_kv, -1)
+        columns = [attend(q, k, part) for part in identity.split(D, dim=-1)]
+        maps.append(torch.cat(columns, dim=-1)[0, ..., :T].transpose(0, 1).float().cpu())
+        return attend(q, k, v)
 
-    for block in model.blocks:
-        block.attn.attend = record
+    for block, attend in zip(model.blocks, attends):
+        block.attn.attend = functools.partial(record, attend)
     model(idx[None])
     for block, attend in zip(model.blocks, attends):
         block.attn.attend = attend
-    return torch.stack(maps) if maps else torch.zeros(0, 0, len(idx), len(idx))
+    return maps
+
+def head_role(probs, idx):
+    """What a head does, by its map (T, T) of ids (T,): where 0.4 or more of its attention goes."""
+    T, same = len(idx), (idx[:, None] == idx).float()
+    kinds = {"token before": torch.eye(T).roll(1, 0), "first token": torch.eye(T)[0],
+             "same token": same.tril(-1), "after the same": F.pad(same, (1, 0))[:, :T].tril(-1)}
+    shares = {kind: (probs * where)[min(8, T // 2):].sum(-1).mean().item()
+              for kind, where in kinds.items()}
+    kind = max(shares, key=shares.get)
+    return f"{kind} {shares[kind]:.2f}" if shares[kind] >= 0.4 else ""
+
+VISIBLE = str.maketrans("\n \t\r\u200b\u00a0", "⏎·⇥␍∅⍽")
 
 def look_at(model, tokenizer, idx):
     """What the model makes of ids (T,), as plain values for the page."""
-    probs, maps, T = logit_lens(model, idx), attention_maps(model, idx), len(idx)
-    maps = maps[..., torch.ones(T, T).tril().bool()]
-    losses = -probs[-1, :-1].gather(-1, idx[1:, None].cpu()).log()[:, 0]
+    probs, maps, idx = logit_lens(model, idx), attention_maps(model, idx), idx.cpu()
+    losses = -probs[-1, :-1].gather(-1, idx[1:, None]).log()[:, 0]
+    seen = torch.ones(len(idx), len(idx)).tril().bool()
 
     def word(i):
-        return tokenizer.tokens[i].decode("utf-8", "backslashreplace")
+        return tokenizer.tokens[i].decode("utf-8", "backslashreplace").translate(VISIBLE) or "∅"
 
-    def likeliest(row):
-        top = row.topk(min(5, len(row)))
-        return [[word(i), round(p, 3)] for i, p in zip(top.indices.tolist(), top.values.tolist())]
+    def likeliest(row, n):
+        top = row.topk(min(n, len(row)))
+        return [[word(i), p] for i, p in zip(top.indices.tolist(), top.values.tolist())]
 
-    return {"text": [word(i) for i in idx.tolist()], "loss": [round(x, 3) for x in losses.tolist()],
-            "top": [likeliest(row) for row in probs[-1]],
-            "lens": [[likeliest(row)[0] for row in layer] for layer in probs],
-            # a character from 0 to o for each 64th of attention, row by row up to the diagonal
-            "maps": bytes((maps * 63 + 48).round().byte().flatten().tolist()).decode()}
+    def head(name, probs):  # a character from 0 to o for each 64th, row by row to the diagonal
+        codes = (probs[seen] * 63 + 48).round().byte()
+        return {"name": name, "worth": "", "role": head_role(probs, idx),
+                "map": bytes(codes.tolist()).decode()}
+
+    return {"text": [word(i) for i in idx.tolist()], "loss": [0.0, *losses.tolist()],
+            "lens": [[likeliest(row, 1) for row in layer] for layer in probs[:-1]] +
+                    [[likeliest(row, 5) for row in probs[-1]]],
+            "heads": [[head(f"{l}.{h}", probs) for h, probs in enumerate(layer, 1)]
+                      for l, layer in enumerate(maps, 1)]}
 
 def copied(text, source):
     """For each character of a text, how many from there on stand in `source` in this order.
@@ -1415,7 +1436,7 @@ def probe_line(probe, tokenizer, unseen, block_size):
 
 def record_probe(run):
     """Add to probe.jsonl what the model makes of its line at this step, and what it writes."""
-    model, tokenizer, idx = run.model.eval(), run.tokenizer, run.line.to(run.device)
+    model, tokenizer, idx = run.eval_model.eval(), run.tokenizer, run.line.to(run.device)
     record = {"step": run.step, "samples": []}
     with contextlib.suppress(Error), precision(run.device, run.dtype):  # logits not finite: no text
         record |= look_at(model, tokenizer, idx)
@@ -1429,20 +1450,17 @@ def record_probe(run):
 
 @torch.no_grad()
 def head_importance(model, ids):
-    """How much the loss on a text (N,) rises without a head, that is with its columns of the output
-    projection at zero: n_layer lists of H."""
-    limit = min(1 << 15, (1 << 34) // count_parameters(model))
+    """How much the loss on a text (N,) rises without each head, block by block: without a head its
+    columns of the output projection are zero."""
+    limit, rises = min(1 << 15, (1 << 34) // count_parameters(model)), []
     base, _ = estimate_loss(model, ids, limit=limit)
-
-    def worth(columns):
-        kept = columns.clone()
-        columns.zero_()
-        loss, _ = estimate_loss(model, ids, limit=limit)
-        columns.copy_(kept)
-        return round(loss - base, 4)
-
-    outputs = [block.attn.out.weight.split(model.config.head_dim, dim=1) for block in model.blocks]
-    return [[worth(columns) for columns in heads] for heads in outputs]
+    for block in model.blocks:
+        for columns in block.attn.out.weight.split(model.config.head_dim, dim=1):
+            kept = columns.clone()
+            columns.zero_()
+            rises.append(estimate_loss(model, ids, limit=limit)[0] - base)
+            columns.copy_(kept)
+    return rises
 
 def bigram_loss(train, val, V):
     """The loss on `val` of counting what follows what in `train`, a tenth added to each count."""
@@ -1459,38 +1477,44 @@ class Inspection(Machine, Trained):
 def inspect(s):
     """write a page that shows what a model has learnt, and how"""
     model, tokenizer, device, dtype = open_model(s)
-    out, config, V, log, records = Path(s.out), model.config, len(tokenizer.tokens), [], []
-    title = f"Inside {s.init or out}: {config.n_layer} layers, {config.n_head} heads, "
-    title += f"{config.n_embd} wide"
-    about = f"{count_parameters(model):,} parameters, {V:,} tokens in the vocabulary"
-    levels, heads, train, val = {"ln(V)": math.log(V)}, [], torch.zeros(0), torch.zeros(0)
+    c, V, out, log, records = model.config, len(tokenizer.tokens), Path(s.out), {}, []
+    about = (f"{c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide; {count_parameters(model):,} "
+             f"parameters, {V:,} tokens in the vocabulary")
+    train, val, rises, levels = torch.zeros(0), torch.zeros(0), [], {"ln(V)": math.log(V)}
     if not s.init:
-        title += f", validation loss {read_checkpoint(find_run(out))['val_loss']:.3f}"
-        about += f"; learnt {', '.join(config.data)}"
-        log, records = read_lines(out / "log.jsonl"), read_lines(out / "probe.jsonl")
+        about += f"; learnt {', '.join(c.data)}"
+        log = {line["step"]: line for line in read_lines(out / "log.jsonl")}
+        records = read_lines(out / "probe.jsonl")
         try:
             train, val = split(run_data(out, tokenizer))
         except Error as e:
             notice(f"{e}; the page goes without what needs the text")
     if s.probe or not records:
-        ids = probe_line(s.probe, tokenizer, val, config.block_size).to(device)
+        ids = probe_line(s.probe, tokenizer, val, c.block_size).to(device)
         if len(ids) < 2:
             raise Error("inspect: there is no text to look at; name a text with probe")
         records = [{"step": 0, "samples": [], **look_at(model, tokenizer, ids)}]
-    sources = [tokenizer.decode(ids[:1 << 22]) for ids in (train, val)]
-    for record in records:
-        runs = [[copied(text, source) for text in record["samples"]] for source in sources]
-        record["longest"] = [max(map(max, lengths), default=0) for lengths in runs]
-        record["samples"] = list(zip(record["samples"], runs[0]))
     if len(val) > 1:
-        notice(f"measuring what {config.n_layer * config.n_head} heads are worth")
+        notice(f"measuring what {c.n_layer * c.n_head} heads are worth")
         with precision(device, dtype):
-            heads = head_importance(model, val)
+            rises = head_importance(model, val)
         levels |= {"bigram": bigram_loss(train, val, V)} if V <= 4096 else {}
-    data = json.dumps({"log": log, "levels": levels, "records": records, "heads": heads,
-                       "n_head": config.n_head}).replace("<", "\\u003c")
-    page = PAGE.replace("TITLE", html.escape(title)).replace("ABOUT", html.escape(about))
-    page = page.replace("= DATA,", f"= {data},", 1)
+    sources = tokenizer.decode(train[:1 << 22]), tokenizer.decode(val[:1 << 22])
+    for record in records:
+        for head, rise in zip(itertools.chain(*record["heads"]), rises):
+            head["worth"] = f"worth {rise:.3f}"
+        line, samples = log.get(record["step"], {}), record["samples"]
+        learnt, unseen = ([copied(text, source) for text in samples] for source in sources)
+        record |= levels | {
+            "training": line.get("train_loss"), "validation": line.get("val_loss"),
+            "from training text": max(itertools.chain(*learnt), default=0),
+            "from validation text": max(itertools.chain(*unseen), default=0),
+            "samples": list(zip(samples, learnt))}
+    # three digits of a number are enough, and no text may end the script
+    records = json.loads(json.dumps(records), parse_float=lambda number: round(float(number), 3))
+    page = PAGE.replace("TITLE", html.escape(f"Inside {model.origin}"))
+    page = page.replace("ABOUT", html.escape(about))
+    page = page.replace("DATA", json.dumps(records).replace("<", "\\u003c"), 1)
     with atomic(out / "inspect.html") as file:
         file.write(page.encode())
     say(out / "inspect.html")
@@ -1520,164 +1544,113 @@ def ablate(s):
     done = json.loads(path.read_text("utf-8")) if path.exists() else {"base": base, "runs": {}}
     if done["base"] != base:
         raise Error(f"{path} is of other settings, {done['base']!r:.100}; name another out")
-    for seed, (name, plan) in itertools.product(seeds, plans.items()):
-        folder = out / f"{name} seed={seed}"
-        if folder.name in done["runs"]:
-            continue
-        notice(f"training {folder.name}")
-        how = {"resume": True} if (folder / "ckpt.pt").exists() else plan | {"seed": seed}
-        with contextlib.redirect_stdout(io.StringIO()):
-            last = train(**how | {"out": str(folder)})
-            if last["signal"]:
-                return last
-            loss = evaluate(out=str(folder), device=s.device)["loss"]
-        done["runs"][folder.name] = [count_parameters(load_model(folder)[0]), loss, last["seconds"]]
-        with atomic(path) as file:
-            file.write(json.dumps(done, indent=1).encode())
     say("| setting | parameters | loss | seconds |\n| --- | --- | --- | --- |")
-    for name in plans:
-        runs = torch.tensor([done["runs"][f"{name} seed={seed}"] for seed in seeds]).double()
-        parameters, loss, seconds = runs.mean(dim=0).tolist()
-        spread = f" ± {runs[:, 1].std():.4f}" if s.seeds > 1 else ""
-        say(f"| {name} | {parameters:,.0f} | {loss:.4f}{spread} | {seconds:.0f} |")
+    for (name, plan), seed in itertools.product(plans.items(), seeds):
+        folder = out / f"{name} seed={seed}"
+        if folder.name not in done["runs"]:
+            notice(f"training {folder.name}")
+            how = {"resume": True} if (folder / "ckpt.pt").exists() else plan | {"seed": seed}
+            with contextlib.redirect_stdout(io.StringIO()):
+                last = train(**how | {"out": str(folder)})
+                if last["signal"]:
+                    return last
+                loss = evaluate(out=str(folder), device=s.device)["loss"]
+            parameters = count_parameters(load_model(folder)[0])
+            done["runs"][folder.name] = [parameters, loss, last["seconds"]]
+            with atomic(path) as file:
+                file.write(json.dumps(done, indent=1).encode())
+        parameters, loss, seconds = done["runs"][folder.name]
+        say(f"| {folder.name} | {parameters:,} | {loss:.4f} | {seconds:.0f} |")
     return done
 
-PAGE = r"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+PAGE = r"""<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>TITLE</title>
 <style>
-:root { color-scheme: light dark; --soft: light-dark(#666, #999);
-  --a: light-dark(#0b62c4, #5aa9ff); --b: light-dark(#c4500a, #ffa04d) }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: auto; padding: 0 1rem 4rem }
-h1 { font-size: 1.3rem } p, small, figcaption { color: var(--soft); margin: .2rem 0 .6rem }
-header { position: sticky; top: 0; background: canvas; z-index: 1 } input { width: 80% }
-.row { display: flex; flex-wrap: wrap; gap: .6rem 2rem } figure, pre { flex: 1 1 18rem; margin: 0 }
-button { font: inherit; color: inherit; border: 0; padding: .1rem .12rem;
-  border-bottom: 4px solid color-mix(in srgb, var(--a) calc(var(--w, 0) * 1%), transparent);
-  background: color-mix(in srgb, var(--b) calc(var(--p, 0) * 1%), transparent) }
+:root { color-scheme: light dark } svg { width: 100%; height: 9rem }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: auto; padding: 1rem }
+header { position: sticky; top: 0; background: canvas; z-index: 1 } input { width: 60% }
+.row, #heads div { display: flex; align-items: start; gap: .6rem } .row { flex-wrap: wrap }
+figure, pre { flex: 1 1 18rem; margin: 0 } #heads button { flex: 0 0 8rem }
+path { fill: none; vector-effect: non-scaling-stroke } pre { white-space: pre-wrap }
+button { font: inherit; color: inherit; background: rgb(224 112 32 / var(--cost, 0)); border: 0;
+  padding: .1rem; border-bottom: 4px solid rgb(74 144 226 / var(--look, 0)) }
 [aria-pressed=true] { outline: 2px solid; outline-offset: -2px }
-#heads { overflow-x: auto; white-space: nowrap } #heads button { width: 8.5rem }
-#line { font: 1.1rem/2 ui-monospace, monospace } pre { white-space: pre-wrap }
-td, th { font: .8rem/1.6 ui-monospace, monospace; padding: 0 .5rem; white-space: pre }
-canvas { width: 6rem; height: 6rem; image-rendering: pixelated; border: 1px solid var(--soft) }
-mark { background: color-mix(in srgb, var(--b) 40%, transparent); color: inherit }
-svg text { fill: var(--soft); font-size: 11px } path { fill: none; stroke-width: 2 }
+#line, td, th { font: 1rem/1.9 ui-monospace, monospace; padding-right: 1rem; text-align: left }
+#heads, #next { display: block; overflow-x: auto; white-space: nowrap }
+canvas { width: 6rem; image-rendering: pixelated; background: #8882 }
 </style>
 <h1>TITLE</h1><p>ABOUT</p>
-<header><button id="play">▶</button> <input id="at" type="range" min="0" aria-label="step"><br>
-<output id="now"></output></header>
+<header><button id="play">▶</button> <input id="at" type="range"> <b id="now"></b></header>
+<div class="row" id="curves"></div>
 <h2>The line that the model reads</h2>
-<p>A line of the validation text, which it never trains on. The redder a token, the more it cost
-itself: its loss, in nats. Choose one, by pointer or arrow keys, to see what it expects next.</p>
-<div id="line" dir="auto"></div><p id="chosen" aria-live="polite"></p>
-<div class="row"><div><small>Likeliest next tokens</small><table id="next"></table></div>
-<div><small>The likeliest, if it had to answer after so many blocks (the logit lens)</small>
-<table id="lens"></table></div></div>
-<h2>Where heads look</h2>
+<p>A line of the validation text, which it never trains on. The redder a token, the more it cost:
+its loss, in nats. Choose one, by pointer or arrow keys: the table shows what the model expects
+next, as it would have answered after so many blocks (the logit lens). ✓ is what came.</p>
+<div id="line" dir="auto"></div><p id="chosen" aria-live="polite"></p><table id="next"></table>
+<h2>Where its heads look</h2>
 <p>A row is a token that looks, a column the token looked at. Choose a head: the line above is then
 underlined where the chosen token looks. A head has a name when 0.4 of its attention, from the ninth
 token on, goes to the token before, the first token, earlier ones of the same kind, or what came
 after those (induction). Worth: how much the loss rises without it, at the end of the run.</p>
 <div id="heads"></div>
-<h2>Over training</h2><p>Steps on a logarithmic axis, for most happens at the beginning.</p>
-<div class="row" id="curves"></div>
 <h2>What it writes</h2>
 <p>First the likeliest end of the line after its eighth token, then samples at temperature 0.8.
 <mark>Marked</mark>: 20 characters or more that stand in the training text word for word.</p>
 <div class="row" id="texts"></div>
 <script>
-const D = DATA, R = D.records, $ = id => document.getElementById(id)
-const T = R[0].text.length, size = T * (T + 1) / 2, last = Math.max(1, R.at(-1).step)
-const state = {step: last, token: 0, head: '1.1',
+const R = DATA, T = R[0].text.length, COLORS = ['#4a90e2', '#e07020', '#888', '#2a9d5c']
+const $ = id => document.getElementById(id), each = (list, f) => list.map(f).join('')
+const state = {step: R.at(-1).step, token: 0, head: '1.1',
   ...Object.fromEntries(new URLSearchParams(location.hash.slice(1)))}
-const range = n => [...Array(n).keys()], each = (list, f) => list.map(f).join('')
-const hidden = {'\n': '⏎', ' ': '·', '\t': '⇥', '\r': '␍', '\u200b': '∅', '\u00a0': '⍽'}
-const escaped = t => t.replace(/[&<"]/g, c => `&#${c.charCodeAt()};`)
-const visible = t => t.replace(/[\n \t\r\u200b\u00a0]/g, c => hidden[c]) || '∅'
-const word = t => `<bdi>${escaped(visible(t))}</bdi>`
-const weight = (r, head, i, j) => // of the attention of token i to token j
-  j > i ? 0 : (r.maps.charCodeAt(head * size + i * (i + 1) / 2 + j) - 48) / 63
-
-function role(r, head) { // what a head does at this step, by its map
-  const from = Math.min(8, T >> 1), sums = {}
-  const kinds = {'token before': (i, j) => j === i - 1, 'first token': (i, j) => j === 0,
-    'same token': (i, j) => j < i && r.text[j] === r.text[i],
-    'after the same': (i, j) => 0 < j && j < i && r.text[j - 1] === r.text[i]}
-  for (const [name, is] of Object.entries(kinds))
-    for (let i = from; i < T; i++) for (let j = 0; j <= i; j++)
-      if (is(i, j)) sums[name] = (sums[name] ?? 0) + weight(r, head, i, j) / (T - from)
-  const [name, share] = Object.entries(sums).sort((a, b) => b[1] - a[1])[0] ?? ['', 0]
-  return share >= 0.4 ? `${name} ${share.toFixed(2)}` : '&nbsp;'
+const escaped = t => t.replace(/[&<]/g, c => `&#${c.charCodeAt()};`)
+const word = t => `<bdi>${escaped(t)}</bdi>`
+const weight = (head, i, j) => (head.map.charCodeAt(i * (i + 1) / 2 + j) - 48) / 63
+function chart(at, title, names) { // a line for each name, over the positions of the slider
+  names = names.filter(name => R.some(r => r[name] > 0))
+  if (!names.length || R.length < 2) return ''
+  const high = Math.max(...names.flatMap(name => R.map(r => r[name])))
+  const x = i => 100 * i / (R.length - 1), y = v => 100 - 98 * v / high
+  const points = name => R.flatMap((r, i) => r[name] == null ? [] : `${x(i)} ${y(r[name])}`)
+  return `<figure><svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img">` +
+    `<path stroke="gray" d="M${x(at)} 0V100M0 100H100" />` + each(names, (name, n) =>
+    `<path stroke-width="2" stroke="${COLORS[n]}" d="M${points(name).join('L')}" />`) +
+    `</svg><figcaption>${title}, from 0 to ${+high.toFixed(1)}: ` + each(names, (name, n) =>
+    `<b style="color: ${COLORS[n]}">${name} ${R[at][name] ?? ''}</b> `) + `</figcaption></figure>`
 }
-
-function chart(r, title, series, levels = {}) { // series: [name, color, [[step, y], ...]]
-  series = series.map(([name, color, at]) => [name, color, at.filter(p => p[1] != null)])
-  const high = Math.max(...series.flatMap(s => s[2].map(p => p[1])), ...Object.values(levels))
-  if (!(high > 0) || !series[0][2].length) return ''
-  const unit = 10 ** Math.floor(Math.log10(high / 2))
-  const tick = unit * [1, 2, 5].find(m => high <= 5 * m * unit), ticks = Math.ceil(high / tick)
-  const x = step => 40 + 430 * Math.log1p(step) / Math.log1p(last)
-  const y = v => 190 - 175 * v / tick / ticks
-  const text = (x, y, end, text) => `<text x=${x} y=${y} text-anchor=${end}>${text}</text>`
-  const path = (d, color) => `<path d="M${d}" stroke="${color}" />`
-  return `<figure><svg viewBox="0 0 500 210" role="img" aria-label="${title}">` +
-    each(range(20), n => 4 ** n > last ? '' : text(x(4 ** n), 205, 'middle', 4 ** n)) +
-    each(range(ticks + 1), n => text(34, y(n * tick) + 4, 'end', +(n * tick).toPrecision(3))) +
-    each(Object.entries(levels), ([name, v]) => path(`40 ${y(v)}H470`, 'gray') +
-      text(470, y(v) - 4, 'end', `${name} ${v.toFixed(3)}`)) +
-    each(series, ([, color, at]) => path(at.map(p => [x(p[0]), y(p[1])]).join('L'), color)) +
-    path(`${x(r.step)} 10V190`, 'gray') + `</svg><figcaption>${title}: ` +
-    each(series, ([name, color, at]) => `<b style="color: ${color}">${name} ` +
-      `${+(at.findLast(p => p[0] <= r.step)?.[1] ?? NaN).toFixed(3)}</b> `) +
-    `</figcaption></figure>`
-}
-
 function marked([text, copied]) { // what belongs to a copied piece
   let end = 0
-  return `<pre dir=auto>` + each([...text], (c, i) => {
+  return `<pre dir="auto">` + each([...text], (c, i) => {
     if (copied[i] >= 20) end = i + copied[i]
     c = c === '\n' ? '⏎\n' : escaped(c)
     return i < end ? `<mark>${c}</mark>` : c
   }) + `</pre>`
 }
-
 function draw() {
-  const r = R.findLast(r => r.step <= state.step) ?? R[0]
-  const log = D.log.findLast(l => l.step <= r.step)
-  const i = Math.max(0, Math.min(T - 1, state.token | 0)), truth = r.text[i + 1]
-  const heads = range(r.maps.length / size).map(n => [n / D.n_head | 0, n % D.n_head])
-  const chosen = heads.findIndex(([l, h]) => state.head === `${l + 1}.${h + 1}`)
-  const row = (label, [token, p]) => `<tr><th>${label}<td>${token === truth ? '✓' : ' '} ` +
-    `${word(token)}<td>${(100 * p).toFixed(1)} %`
-  const over = (rows, f) => rows.map(r => [r.step, f(r)])
-  $('at').value = R.indexOf(r)
-  $('now').textContent = `step ${r.step}` + (log ? `, validation loss ${log.val_loss?.toFixed(3)}` +
-    (log.train_loss ? `, training loss ${log.train_loss.toFixed(3)}` : '') : '')
+  const at = Math.max(0, R.findLastIndex(r => r.step <= state.step)), r = R[at]
+  const i = Math.max(0, Math.min(T - 1, state.token | 0)), heads = r.heads.flat()
+  const head = heads.find(head => head.name === state.head)
+  $('at').value = at
+  $('now').textContent = `step ${r.step}, validation loss ${r.validation}`
+  $('curves').innerHTML = chart(at, 'Loss in nats', ['training', 'validation', 'ln(V)', 'bigram'])
+    + chart(at, 'Characters copied in a row', ['from training text', 'from validation text'])
   $('line').innerHTML = each(r.text, (t, j) => `<button data-token=${j} aria-pressed=${j === i}
-    style="--p: ${j ? Math.min(90, 15 * r.loss[j - 1]) : 0}; --w: ${chosen < 0 ? 0 :
-    100 * Math.sqrt(weight(r, chosen, i, j))}" title="loss ${r.loss[j - 1]}">${word(t)}</button>`)
-  $('chosen').innerHTML = `“${word(r.text[i])}” ` + (i ? `cost ${r.loss[i - 1].toFixed(2)} nats` :
-    'is the first') + (truth == null ? ', and the line ends.' :
-    `. After it came “${word(truth)}”, which cost ${r.loss[i].toFixed(2)} nats.`)
-  $('next').innerHTML = each(r.top[i], t => row('', t))
-  $('lens').innerHTML = each(r.lens, (layer, l) => row(l ? `block ${l}` : 'none', layer[i]))
-  $('heads').innerHTML = each(heads, ([l, h], n) => `${n && !h ? '<br>' : ''}<button
-    data-head=${l + 1}.${h + 1} aria-pressed=${n === chosen}><canvas width=${T} height=${T}>
-    </canvas><br>${l + 1}.${h + 1} <small>${D.heads[l] ? 'worth ' + D.heads[l][h].toFixed(3) : ''}
-    <br>${role(r, n)}</small></button> `)
-  const ink = getComputedStyle(document.body).color.match(/\d+/g).slice(0, 3)
+    style="--cost: ${Math.min(0.9, 0.15 * r.loss[j])};
+    --look: ${head && j <= i ? Math.sqrt(weight(head, i, j)) : 0}">${word(t)}</button>`)
+  $('chosen').innerHTML = `“${word(r.text[i])}” cost ${r.loss[i]} nats` + (i === T - 1 ?
+    ', and the line ends.' : `. Then came “${word(r.text[i + 1])}”, at ${r.loss[i + 1]} nats.`)
+  $('next').innerHTML = each(r.lens, (layer, l) => `<tr><th>${l ? 'block ' + l : 'no block'}` +
+    each(layer[i], ([t, p]) =>
+      `<td>${word(t)} ${(100 * p).toFixed(1)} %${t === r.text[i + 1] ? ' ✓' : ''}`))
+  $('heads').innerHTML = each(r.heads, layer => '<div>' + each(layer, h => `<button
+    data-head=${h.name} aria-pressed=${h === head}><canvas width=${T} height=${T}></canvas><br>
+    ${h.name} <small>${h.worth}<br>${h.role}</small></button>`) + '</div>')
   document.querySelectorAll('canvas').forEach((canvas, n) => {
-    const image = new ImageData(T, T)
-    for (const a of range(T)) for (const b of range(T))
-      image.data.set([...ink, 255 * weight(r, n, a, b)], 4 * (a * T + b))
-    canvas.getContext('2d').putImageData(image, 0, 0)
+    const ink = canvas.getContext('2d')
+    for (let a = 0; a < T; a++) for (let b = 0; b <= a; b++) {
+      ink.fillStyle = `rgb(74 144 226 / ${weight(heads[n], a, b)})`
+      ink.fillRect(b, a, 1, 1)
+    }
   })
-  $('curves').innerHTML = chart(r, 'Loss, nats per token', [
-    ['training', 'var(--a)', over(D.log, l => l.train_loss)],
-    ['validation', 'var(--b)', over(D.log, l => l.val_loss)]], D.levels) +
-    chart(r, 'Longest piece of a sample, in characters, that stands word for word in', [
-    ['the training text', 'var(--a)', over(R, r => r.longest[0])],
-    ['the validation text', 'var(--b)', over(R, r => r.longest[1])]])
   $('texts').innerHTML = each(r.samples, marked)
 }
 function set(change) {
@@ -1685,6 +1658,11 @@ function set(change) {
   history.replaceState(null, '', '#' + new URLSearchParams(state))
   draw()
 }
+function play(n) {
+  set({step: R[n].step})
+  if (n + 1 < R.length) setTimeout(play, 300, n + 1)
+}
+$('play').onclick = () => play(0)
 $('at').max = R.length - 1
 $('at').oninput = () => set({step: R[$('at').value].step})
 document.onclick = e => set({...e.target.closest('button')?.dataset})
@@ -1692,17 +1670,9 @@ document.onkeydown = e => {
   const by = {ArrowRight: 1, ArrowLeft: -1}[e.key]
   if (by && e.target !== $('at')) set({token: Math.max(0, Math.min(T - 1, +state.token + by))})
 }
-let timer
-$('play').onclick = () => {
-  let n = 0
-  clearInterval(timer)
-  timer = setInterval(() => n < R.length ? set({step: R[n++].step}) : clearInterval(timer), 300)
-}
-matchMedia('(prefers-color-scheme: dark)').onchange = draw
 draw()
 </script>
 """
-
 # --- Weights in and out --------------------------------------------------------------------------
 # Hugging Face's transformers knows three of the architectures that these settings can make. One
 # table says what the settings and weights of each are called there, and serves both directions.
@@ -1714,10 +1684,10 @@ LLAMA = {  # `ours` makes it here; `must` is what else a config.json has to say,
     "class": "LlamaForCausalLM", "prefix": "model.", "block": "layers.",
     "ours": dict(pos="rope", norm="rms", mlp="swiglu", qk_norm=False),
     "must": dict(hidden_act="silu", rope_type="default", partial_rotary_factor=1.0),
-    "settings": pairs("""vocab_size=vocab_size block_size=max_position_embeddings
-        n_layer=num_hidden_layers n_embd=hidden_size n_head=num_attention_heads head_dim=head_dim
-        n_kv_head=num_key_value_heads mlp_hidden=intermediate_size rope_theta=rope_theta
-        norm_eps=rms_norm_eps tie=tie_word_embeddings bias=attention_bias,mlp_bias"""),
+    "settings": pairs("""vocab_size=vocab_size max_position_embeddings=block_size
+        num_hidden_layers=n_layer hidden_size=n_embd num_attention_heads=n_head head_dim=head_dim
+        num_key_value_heads=n_kv_head intermediate_size=mlp_hidden rope_theta=rope_theta
+        rms_norm_eps=norm_eps tie_word_embeddings=tie attention_bias=bias mlp_bias=bias"""),
     "parts": pairs("""embed=embed_tokens norm=norm head=lm_head attn_norm=input_layernorm
         mlp_norm=post_attention_layernorm attn.q=self_attn.q_proj attn.k=self_attn.k_proj
         attn.v=self_attn.v_proj attn.out=self_attn.o_proj attn.q_norm=self_attn.q_norm
@@ -1730,9 +1700,9 @@ GPT2 = {
     "class": "GPT2LMHeadModel", "prefix": "", "block": "h.", "ours": ARCHS["gpt2"],
     "must": dict(activation_function="gelu_new", scale_attn_weights=True,
                  scale_attn_by_inverse_layer_idx=False),
-    "settings": pairs("""vocab_size=vocab_size block_size=n_positions,n_ctx n_layer=n_layer
-        n_embd=n_embd n_head=n_head mlp_hidden=n_inner norm_eps=layer_norm_epsilon
-        tie=tie_word_embeddings"""),
+    "settings": pairs("""vocab_size=vocab_size n_ctx=block_size n_positions=block_size
+        n_layer=n_layer n_head=n_head n_embd=n_embd n_inner=mlp_hidden
+        layer_norm_epsilon=norm_eps tie_word_embeddings=tie"""),
     "parts": pairs("""embed=wte positions=wpe norm=ln_f head=lm_head attn_norm=ln_1 mlp_norm=ln_2
         attn.q=attn.c_attn attn.k=attn.c_attn attn.v=attn.c_attn attn.out=attn.c_proj
         mlp.up=mlp.c_fc mlp.down=mlp.c_proj""")}
@@ -1749,21 +1719,16 @@ def config_in(about):
     for name, value in FAMILIES[kind]["must"].items():
         if about.get(name, value) != value:
             raise Error(f"{name} {about[name]} is not supported, only {value}")
-    values = dict(FAMILIES[kind]["ours"])
-    for ours, theirs in FAMILIES[kind]["settings"].items():
-        said = {about[name] for name in theirs.split(",") if name in about}
-        if len(said) > 1 or ours == "n_layer" and said <= {0}:
-            raise Error(f"{theirs} cannot be {said}")
-        values |= {ours: value for value in said}
-    return kind, Config(**values)
+    names = FAMILIES[kind]["settings"]
+    said = {ours: about[name] for name, ours in names.items() if name in about}
+    return kind, Config(**FAMILIES[kind]["ours"] | said)
 
 def config_out(config):
     """A Config -> (model_type, config.json's dict), which read again gives the same Config: so a
     setting that transformers cannot express, or that the table does not know, is refused."""
     kind = "gpt2" if config.pos == "learned" else "qwen3" if config.qk_norm else "llama"
     family = FAMILIES[kind]
-    about = {name: getattr(config, ours) for ours, theirs in family["settings"].items()
-             for name in theirs.split(",")}
+    about = {name: getattr(config, ours) for name, ours in family["settings"].items()}
     about |= {"model_type": kind, "architectures": [family["class"]], **family["must"]}
     again = config_in(about)[1]
     for f in fields(Config):
@@ -1792,17 +1757,17 @@ def read_safetensors(path):
         header = json.loads(file.read(min(length, 1 << 24)))  # real ones are below a megabyte
     data = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8)[8 + length:]
     header.pop("__metadata__", None)
-    tensors, stop = {}, 0
+    tensors, end = {}, 0
     for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, start = SAFETENSORS[about["dtype"]], stop
-        stop += math.prod(about["shape"]) * dtype.itemsize
-        if about["data_offsets"] != [start, stop] or stop > len(data):
-            raise ValueError(f"the place or shape of {name}")
-        raw = data[start:stop]  # in old files it may begin where no view of numbers can
-        raw = raw.clone() if raw.storage_offset() % dtype.itemsize else raw
+        (start, stop), dtype = about["data_offsets"], SAFETENSORS[about["dtype"]]
+        if start != end:
+            raise ValueError(f"{name} begins at {start}, not at {end}")
+        raw, end = data[start:stop], stop
+        if raw.storage_offset() % dtype.itemsize:  # in old files: no view of numbers begins there
+            raw = raw.clone()
         tensors[name] = raw.view(dtype).view(about["shape"])
-    if stop != len(data):
-        raise ValueError(f"{len(data)} bytes, where the header speaks of {stop}")
+    if end != len(data):
+        raise ValueError(f"{len(data)} bytes, where the header speaks of {end}")
     return tensors
 
 def write_safetensors(path, weights):
@@ -1820,32 +1785,20 @@ def write_safetensors(path, weights):
             tensor = torch.cat(parts, dim=-1).float().contiguous()
             file.write(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
 
-def read_weights(folder):
-    """{name without prefix: tensor} of one file, or of the several that an index names."""
-    files = {"model.safetensors"}
-    if not (folder / "model.safetensors").exists():
-        index = json.loads((folder / "model.safetensors.index.json").read_text("utf-8"))
-        files = {Path(file).name for file in index["weight_map"].values()}
-    tensors = {}
-    for file in files:
-        for name, tensor in read_safetensors(folder / file).items():
-            tensors[re.sub(r"^(transformer|model)\.", "", name)] = tensor
-    return tensors
-
 def load_folder(source):
     """A Hugging Face folder, or the name of a GPT-2 -> (model, tokenizer; None if it has none)."""
     folder = Path(source).expanduser()
     if source in GPT2_SIZES:
         folder = cache_folder() / source
-        about = dict(zip(("n_layer", "n_head", "n_embd"), GPT2_SIZES[source]))
-        about |= {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
-        download(f"https://huggingface.co/openai-community/{source}/resolve/main/model.safetensors",
-                 folder / "model.safetensors")
+        for file in ("config.json", "model.safetensors"):
+            download(f"https://huggingface.co/openai-community/{source}/resolve/main/{file}",
+                     folder / file)
     try:
-        if source not in GPT2_SIZES:
-            about = json.loads((folder / "config.json").read_text("utf-8"))
+        about = json.loads((folder / "config.json").read_text("utf-8"))
         kind, config = config_in(about)
-        found = read_weights(folder)
+        found = {re.sub(r"^(transformer|model)\.", "", name): tensor  # GPT2Model's has no prefix
+                 for path in folder.glob("model*.safetensors")
+                 for name, tensor in read_safetensors(path).items()}
         with torch.device("meta"):  # shapes without memory: a wrong config.json costs none
             wanted = {name: torch.cat(views, dim=-1).shape
                       for name, views in their_weights(GPT(config), kind).items()}
@@ -1855,11 +1808,12 @@ def load_folder(source):
             if shapes.get(name) != wanted.get(name):
                 raise Error(f"{name} is {shapes.get(name)}, in this {kind} {wanted.get(name)}")
         model = GPT(config).eval()
+        model.origin = source
         for name, views in their_weights(model, kind).items():
             parts = found[name].split([view.size(-1) for view in views], dim=-1)
             for view, part in zip(views, parts):
                 view.copy_(part)
-        return model, folder_tokenizer(folder, kind, config.vocab_size, about)
+        return model, folder_tokenizer(folder, kind, about, config.vocab_size)
     except ImportError:
         raise
     except Exception as e:  # a damaged file may fail in any way
@@ -1893,16 +1847,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
 TOKENIZERS["huggingface"] = HuggingFaceTokenizer
 
-def folder_tokenizer(folder, kind, size, about):
+def folder_tokenizer(folder, kind, about, size):
     """The tokenizer of a folder, None if it has none."""
-    path, more = folder / "tokenizer.json", folder / "generation_config.json"
+    path, ends = folder / "tokenizer.json", about.get("eos_token_id")
     if not path.exists():
         return GPT2Tokenizer.train((), 0) if kind == "gpt2" and size == 50257 else None
-    more = json.loads(more.read_text("utf-8")) if more.exists() else {}
-    ends = []
-    for ids in (about.get("eos_token_id"), more.get("eos_token_id")):
-        ends += ids if isinstance(ids, list) else [ids]
-    ends = [i for i in dict.fromkeys(ends) if i in range(size)]
+    ends = [i for i in (ends if isinstance(ends, list) else [ends]) if i in range(size)]
     return HuggingFaceTokenizer(path.read_text("utf-8"), ends, size)
 
 def byte_letters():
