@@ -1480,7 +1480,7 @@ def inspect(s):
     c, V, out, log, records = model.config, len(tokenizer.tokens), Path(s.out), {}, []
     about = (f"{c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide; {count_parameters(model):,} "
              f"parameters, {V:,} tokens in the vocabulary")
-    train, val, rises, levels = torch.zeros(0), torch.zeros(0), [], {"ln(V)": math.log(V)}
+    train, val, rises, levels = torch.zeros(0), torch.zeros(0), [], {"blind guess": math.log(V)}
     if not s.init:
         about += f"; learnt {', '.join(c.data)}"
         log = {line["step"]: line for line in read_lines(out / "log.jsonl")}
@@ -1513,8 +1513,8 @@ def inspect(s):
     # three digits of a number are enough, and no text may end the script
     records = json.loads(json.dumps(records), parse_float=lambda number: round(float(number), 3))
     page = PAGE.replace("TITLE", html.escape(f"Inside {model.origin}"))
-    page = page.replace("ABOUT", html.escape(about))
-    page = page.replace("DATA", json.dumps(records).replace("<", "\\u003c"), 1)
+    data = json.dumps(records, separators=(",", ":")).replace("<", "\\u003c")
+    page = page.replace("ABOUT", html.escape(about)).replace("DATA", data, 1)
     with atomic(out / "inspect.html") as file:
         file.write(page.encode())
     say(out / "inspect.html")
@@ -1583,19 +1583,19 @@ canvas { width: 6rem; image-rendering: pixelated; background: #8882 }
 <header><button id="play">▶</button> <input id="at" type="range"> <b id="now"></b></header>
 <div class="row" id="curves"></div>
 <h2>The line that the model reads</h2>
-<p>A line of the validation text, which it never trains on. The redder a token, the more it cost:
-its loss, in nats. Choose one, by pointer or arrow keys: the table shows what the model expects
-next, as it would have answered after so many blocks (the logit lens). ✓ is what came.</p>
+<p>A line of the validation text, which it never trains on. A token's colour is its loss, minus the
+log of the probability it was given, in nats. Choose one, by pointer or arrow keys: the table has
+what comes next in the model's view, after so many blocks (the logit lens). ✓ is what came.</p>
 <div id="line" dir="auto"></div><p id="chosen" aria-live="polite"></p><table id="next"></table>
 <h2>Where its heads look</h2>
 <p>A row is a token that looks, a column the token looked at. Choose a head: the line above is then
 underlined where the chosen token looks. A head has a name when 0.4 of its attention, from the ninth
 token on, goes to the token before, the first token, earlier ones of the same kind, or what came
 after those (induction). Worth: how much the loss rises without it, at the end of the run.</p>
-<div id="heads"></div>
-<h2>What it writes</h2>
-<p>First the likeliest end of the line after its eighth token, then samples at temperature 0.8.
-<mark>Marked</mark>: 20 characters or more that stand in the training text word for word.</p>
+<div id="heads"></div><h2>What it writes</h2>
+<p>The likeliest end of the line after its eighth token, then samples at temperature 0.8. <mark>
+Marked</mark>: 20 characters or more of the training text. By chance pieces can be as long as those
+of the validation text; longer ones it has learnt by heart.</p>
 <div class="row" id="texts"></div>
 <script>
 const R = DATA, T = R[0].text.length, COLORS = ['#4a90e2', '#e07020', '#888', '#2a9d5c']
@@ -1614,7 +1614,7 @@ function chart(at, title, names) { // a line for each name, over the positions o
   return `<figure><svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img">` +
     `<path stroke="gray" d="M${x(at)} 0V100M0 100H100" />` + each(names, (name, n) =>
     `<path stroke-width="2" stroke="${COLORS[n]}" d="M${points(name).join('L')}" />`) +
-    `</svg><figcaption>${title}, from 0 to ${+high.toFixed(1)}: ` + each(names, (name, n) =>
+    `</svg><figcaption>${title} by stop, 0 to ${+high.toFixed(1)}: ` + each(names, (name, n) =>
     `<b style="color: ${COLORS[n]}">${name} ${R[at][name] ?? ''}</b> `) + `</figcaption></figure>`
 }
 function marked([text, copied]) { // what belongs to a copied piece
@@ -1631,19 +1631,19 @@ function draw() {
   const head = heads.find(head => head.name === state.head)
   $('at').value = at
   $('now').textContent = `step ${r.step}, validation loss ${r.validation}`
-  $('curves').innerHTML = chart(at, 'Loss in nats', ['training', 'validation', 'ln(V)', 'bigram'])
-    + chart(at, 'Characters copied in a row', ['from training text', 'from validation text'])
+  $('curves').innerHTML = chart(at, 'Loss', ['training', 'validation', 'blind guess', 'bigram'])
+    + chart(at, 'Longest copied piece', ['from training text', 'from validation text'])
   $('line').innerHTML = each(r.text, (t, j) => `<button data-token=${j} aria-pressed=${j === i}
     style="--cost: ${Math.min(0.9, 0.15 * r.loss[j])};
     --look: ${head && j <= i ? Math.sqrt(weight(head, i, j)) : 0}">${word(t)}</button>`)
-  $('chosen').innerHTML = `“${word(r.text[i])}” cost ${r.loss[i]} nats` + (i === T - 1 ?
-    ', and the line ends.' : `. Then came “${word(r.text[i + 1])}”, at ${r.loss[i + 1]} nats.`)
+  $('chosen').innerHTML = `“${word(r.text[i])}” ${i ? 'cost ' + r.loss[i] : 'was given'}` +
+    (i < T - 1 ? `. Then came “${word(r.text[i + 1])}”, for ${r.loss[i + 1]}.` : ', the last.')
   $('next').innerHTML = each(r.lens, (layer, l) => `<tr><th>${l ? 'block ' + l : 'no block'}` +
     each(layer[i], ([t, p]) =>
       `<td>${word(t)} ${(100 * p).toFixed(1)} %${t === r.text[i + 1] ? ' ✓' : ''}`))
   $('heads').innerHTML = each(r.heads, layer => '<div>' + each(layer, h => `<button
     data-head=${h.name} aria-pressed=${h === head}><canvas width=${T} height=${T}></canvas><br>
-    ${h.name} <small>${h.worth}<br>${h.role}</small></button>`) + '</div>')
+    ${h.name} <small>${h.worth}<br>${h.role || '–'}</small></button>`) + '</div>')
   document.querySelectorAll('canvas').forEach((canvas, n) => {
     const ink = canvas.getContext('2d')
     for (let a = 0; a < T; a++) for (let b = 0; b <= a; b++) {
@@ -1660,10 +1660,10 @@ function set(change) {
 }
 function play(n) {
   set({step: R[n].step})
-  if (n + 1 < R.length) setTimeout(play, 300, n + 1)
+  if (n + 1 < R.length) setTimeout(() => $('at').value == n && play(n + 1), 300)
 }
-$('play').onclick = () => play(0)
 $('at').max = R.length - 1
+$('play').onclick = () => play(0)
 $('at').oninput = () => set({step: R[$('at').value].step})
 document.onclick = e => set({...e.target.closest('button')?.dataset})
 document.onkeydown = e => {

@@ -1008,8 +1008,8 @@ def test_inspect_writes_a_page_that_needs_nothing():
     assert all(record["validation"] > 0 for record in records)
     assert all("worth" in head["worth"] for layer in records[0]["heads"] for head in layer)
     chars = gpt.load_model("r")[1].chars
-    assert records[0]["ln(V)"] == pytest.approx(math.log(len(chars)), abs=1e-3)
-    assert 0 < records[-1]["bigram"] < records[0]["ln(V)"]
+    assert records[0]["blind guess"] == pytest.approx(math.log(len(chars)), abs=1e-3)
+    assert 0 < records[-1]["bigram"] < records[0]["blind guess"]
     assert all(len(text) == len(lengths) for text, lengths in records[-1]["samples"])
     other = page_data(gpt.inspect(out="r", probe="or not"))
     assert len(other) == 1 and "".join(other[0]["text"]) == "or·not"
