@@ -609,10 +609,6 @@ def find_files(name):
         raise Error(f"data {name!r:.100}: no file, no folder with .txt files, no glob of files")
     return found
 
-def whole_characters(text):
-    """The text with halves of surrogate pairs joined, or replaced where they stand alone."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
 def read_documents(path, size):
     """Each document of a file, as an iterator over blocks of text: a .jsonl has one a line."""
     with open(path, encoding="utf-8-sig", newline="") as file:
@@ -623,7 +619,8 @@ def read_documents(path, size):
             if line.isspace():
                 continue
             try:
-                yield [whole_characters(json.loads(line)["text"])]
+                text = json.loads(line)["text"]
+                yield [text.encode(errors="replace").decode()]  # JSON may have half a character
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 raise Error(f"{path}: line {number} is no JSON object with a `text`") from None
 
@@ -1226,7 +1223,7 @@ def read_prompt(prompt):
     elif prompt.startswith("@") and not prompt.startswith("@@"):
         path = Path(prompt[1:]).expanduser()
         prompt = path.read_bytes().decode("utf-8-sig", "replace").removesuffix("\n")
-    return whole_characters(prompt.removeprefix("@"))
+    return prompt.removeprefix("@").encode(errors="replace").decode()
 
 @dataclass
 class Evaluation(Machine, Trained):
@@ -1556,7 +1553,7 @@ def ablate(s):
     done = json.loads(path.read_text("utf-8")) if path.exists() else {"base": base, "runs": {}}
     if done["base"] != base:
         raise Error(f"{path} is of other settings, {done['base']!r:.100}; name another out")
-    say("| setting | parameters | loss | seconds |\n| --- | --- | --- | --- |")
+    say("| setting | parameters | loss | bits per byte | seconds |\n" + "| --- " * 5 + "|")
     for (name, plan), seed in itertools.product(plans.items(), seeds):
         folder = out / f"{name} seed={seed}"
         if folder.name not in done["runs"]:
@@ -1566,13 +1563,13 @@ def ablate(s):
                 last = train(**how | {"out": str(folder)})
                 if last["signal"]:
                     return last
-                loss = evaluate(out=str(folder), device=s.device)["loss"]
-            parameters = count_parameters(load_model(folder)[0])
-            done["runs"][folder.name] = [parameters, loss, last["seconds"]]
+                result = evaluate(out=str(folder), device=s.device)
+            parameters, bits = count_parameters(load_model(folder)[0]), result["bits_per_byte"]
+            done["runs"][folder.name] = [parameters, result["loss"], bits, last["seconds"]]
             with atomic(path) as file:
                 file.write(json.dumps(done, indent=1).encode())
-        parameters, loss, seconds = done["runs"][folder.name]
-        say(f"| {folder.name} | {parameters:,} | {loss:.4f} | {seconds:.0f} |")
+        parameters, loss, bits, seconds = done["runs"][folder.name]
+        say(f"| {folder.name} | {parameters:,} | {loss:.4f} | {bits:.4f} | {seconds:.0f} |")
     return done
 
 PAGE = r"""<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">
