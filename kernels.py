@@ -14,7 +14,6 @@ import ctypes, functools, json, struct, sys, warnings
 
 import torch
 import torch.nn.functional as F
-import torch.utils.benchmark
 from torch import Tensor
 
 try:
@@ -63,7 +62,7 @@ def causal_mask(TQ, TK, device):
 
 def heads_first(q, k, v, groups):
     """(B, T, H, D) -> (B, H, T, D), and each head of k and v `groups` times."""
-    k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
+    k, v = (x.repeat_interleave(groups, dim=2) if groups > 1 else x for x in (k, v))
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 def attention_reference(q, k, v, causal=True, scale=None):
@@ -283,7 +282,6 @@ template <bool BACKWARD, bool KEYS> INLINE void walk(const Arguments &A) {  // K
     float m[2] = {-1e30f, -1e30f}, l[2] = {0, 0};           // not -inf: -inf - -inf would be NaN
     Result acc1 = {}, acc2 = {};
     Left left1, left2;
-
     auto load = [&](const u16 *x1, const u16 *x2, int first, int rows, bool queries) {
         const int i = threadIdx.x, query = first + i;
         __syncthreads();         // nobody still reads what we are about to overwrite
@@ -394,7 +392,7 @@ def launch_walk(name, tensors, scale):
 
 def softmax_cuda(x):
     """softmax in CUDA C++, for fp32, forward alone."""
-    x, n = x.contiguous(), x.shape[-1]
+    x, n = x.float().contiguous(), x.shape[-1]
     y, rows = torch.empty_like(x), x.numel() // n
     launch_cuda("softmax_rows", (-(-rows // 4), 1), (x, x, x, x, x, x, x, y), 1, rows, n, 1.0)
     return y
@@ -446,11 +444,11 @@ def grad_attention(ctx, do, _):
 attention_forward.register_autograd(grad_attention, setup_context=save_attention)
 
 def fused_attention(q, k, v, causal=True, scale=None, *, impl):
-    """By the kernels of `impl`; by torch's for one query, no mask or a scale below 0."""
+    """By the kernels of `impl`; by torch's for one query, no mask or a scale not above 0."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.shape[1] == 1 or not causal or scale <= 0:
         return attention_sdpa(q, k, v, causal, scale)
-    if k.shape != v.shape or q.shape[::3] != k.shape[::3]:
+    if k.shape != v.shape or q.shape[::3] != k.shape[::3] or not q.dtype == k.dtype == v.dtype:
         raise ValueError("q, k and v do not fit together")
     if impl == "cuda":
         k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
@@ -514,7 +512,7 @@ def summed_loss(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int,
     weight, V, N = weight.to(x.dtype), len(weight), len(x)
     rows = fused_rows if row_kernels_work(x.device, x.dtype) else plain_rows
     mixed = {"out_dtype": dw.dtype} if dw.dtype != x.dtype else {}
-    # More rows than 4,096 might overflow a 16-bit dW. MPS errs in views (pytorch/issues/104832).
+    # More rows than 4,096 might overflow a 16-bit dW. MPS errs in gaps (pytorch issue 104832).
     size = min(4096, max(128, SLICE * (4 if x.is_cuda else 1) // V // 128 * 128), N)
     logits = x.new_empty(size, V if x.device.type == "mps" else -(-V // 64) * 64)[:, :V]
     for start in range(0, N, size):
@@ -584,7 +582,7 @@ def worst_error(ours, truth):
     return torch.stack(errors).max().item()
 
 def what_is_wrong(run, reference):
-    """How run() differs from reference(), or "" (see github.com/triton-lang/triton/issues/3478)."""
+    """How run() differs from reference(), or "". Kernels have been known to give zeros."""
     try:
         error = worst_error(run(), reference())
     except torch.cuda.OutOfMemoryError:  # says nothing about a kernel, and is not remembered
@@ -621,7 +619,9 @@ def trials(names, device, dtype, B, TQ, TK, H, H_kv, D):
     return [functools.partial(with_gradients, ATTENTION[name], inputs) for name in names]
 
 def milliseconds(run):  # the mean of ten, after two to warm up; torch waits for the GPU
-    return 1e3 * torch.utils.benchmark.Timer("run()", globals={"run": run}).timeit(10).mean
+    from torch.utils.benchmark import Timer
+    threads = torch.get_num_threads()
+    return 1e3 * Timer("run()", globals={"run": run}, num_threads=threads).timeit(10).mean
 
 ATTENTION = dict(triton=attention_triton, cuda=attention_cuda, sdpa=attention_sdpa,
                  plain=attention_reference)

@@ -229,7 +229,7 @@ def test_every_attention_and_its_gradients_are_those_of_the_formula(H_kv, TQ, mo
 @pytest.mark.parametrize("impl, plain", [("auto", True), ("plain", True), ("sdpa", False)])
 def test_an_attention_that_was_changed_is_never_silently_ignored(impl, plain, monkeypatch):
     """A window that hides one key from the last query, for all queries and for one with a cache."""
-    honest, model, changed, single = gpt.attention, make(), make(), make()
+    honest, (model, changed, single) = gpt.attention, (make(block_size=256) for _ in range(3))
     def window(q, k, v):
         return torch.cat((honest(q, k, v)[:, :-1], honest(q[:, -1:], k[:, 1:], v[:, 1:])), dim=1)
     changed.blocks[1].attn.attend = window
@@ -238,10 +238,13 @@ def test_an_attention_that_was_changed_is_never_silently_ignored(impl, plain, mo
     for other in (changed, single):
         assert "does not agree" in gpt.choose_attention(other, impl, torch.float32)
     monkeypatch.setattr(gpt, "attention", window)
-    edited = make()
+    edited = make(block_size=256)
     assert ("does not agree" in gpt.choose_attention(edited, impl, torch.float32)) != plain
     assert edited.blocks[1].attn.attend is changed.blocks[1].attn.attend is window
     assert not gpt.attention_maps(edited, torch.arange(16))[0][:, -1, 0].any()  # as on the page
+    monkeypatch.undo()
+    narrow = make(n_embd=8)  # heads of 2
+    assert "does not" not in gpt.choose_attention(narrow, impl, torch.bfloat16)
 
 def test_activation_checkpointing_changes_no_gradient_and_dropout_is_for_training_alone():
     model, ids, gradients = scramble(make(dropout=0.1)).train(), torch.randint(50, (2, 9)), []
@@ -611,6 +614,19 @@ def test_probes_change_no_weight_and_record_what_happened(monkeypatch):
     costs = F.cross_entropy(model(ids[None])[0, :-1], ids[1:], reduction="none")
     assert last["loss"] == pytest.approx([0, *costs.tolist()], abs=1e-3)
 
+def test_attention_is_asked_in_one_precision_even_with_a_cache_or_on_the_page(monkeypatch):
+    honest = gpt.attention
+    def strict(q, k, v):
+        assert q.dtype == k.dtype == v.dtype and q.dtype in (torch.float32, torch.bfloat16)
+        dtypes.append(q.dtype)
+        return honest(q, k, v)
+    monkeypatch.setattr(gpt, "attention", strict)
+    for run in (lambda: train(dtype="bfloat16", probe=None),
+                lambda: gpt.inspect(dtype="bfloat16", device="cpu", probe="To be")):
+        dtypes = []
+        run()
+        assert dtypes[-1] == torch.bfloat16 and dtypes.count(torch.float32) <= 4  # the check's own
+
 def test_importance_is_what_the_absence_of_a_part_costs():
     model, ids = scramble(make()), torch.randint(50, (200,))
     heads, base = gpt.head_importance(model, ids), gpt.estimate_loss(model, ids)[0]
@@ -623,16 +639,16 @@ def page_data(path):
     return json.loads(re.search(r"^const R = (.*), T = R\[0\]", page, re.M).group(1))
 
 def test_inspect_writes_a_page_that_needs_nothing():
-    Path("text.txt").write_text("</script>\n" * 300)
-    train(steps=60, probe="</script>")
+    Path("DATA.txt").write_text("</script>\n" * 300)
+    train(data="DATA.txt", steps=60, probe="</script>")
     records = page_data(gpt.inspect())
     assert len(records) == len(log()) and "worth" in records[0]["heads"][0][0]["worth"]
     assert 0 < records[-1]["bigram"] < 0.01 and records[0]["blind guess"] == 2.303
     assert "".join(page_data(gpt.inspect(probe="script"))[0]["text"]) == "script"
-    os.remove("text.txt")
+    os.remove("DATA.txt")
     assert "without what needs the text" in run_main("inspect")[2]
     assert page_data("out/inspect.html")[0]["heads"][0][0]["worth"] == ""
-    assert "name a text" in refused("inspect", "--init", "out", "--out", "new")
+    assert "name one with" in refused("inspect", "--init", "out", "--out", "new")
 
 @pytest.mark.parametrize("arch, layers, text", [
     ("qwen3", 2, "漢字かな交じり文を読む。\r\n" * 99), ("bigram", 0, TEXT)])
@@ -716,6 +732,7 @@ def same_model(ours, model):
     ("qwen3", dict(head_dim=14, rope_theta=1e6, dtype=torch.bfloat16))], ids=str)
 def test_their_models_are_the_same_here_and_out_again(kind, changes):
     model = theirs(kind, **changes)
+    Path("a/model.fp16.safetensors").write_bytes(b"another's")
     ours = gpt.load_model("a")[0]
     same_model(ours, model)
     gpt.export(folder="b", init="a")
