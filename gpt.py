@@ -1066,14 +1066,14 @@ class Run:
 
     def look(self):
         """Evaluate, over windows that are always the same; keep the best; log; read the line."""
-        s, device = self.s, self.device
+        s, device, ids = self.s, self.device, self.val_ids
         steps = self.step - max(0, self.looked_step)
         speed = steps * self.tokens_per_step / (time.monotonic() - self.looked)
         run_tokens = s.steps * self.tokens_per_step if s.steps else 1 << 22
-        limit = max(s.block_size, min(run_tokens // 600, 1 << (15 if device.type == "cpu" else 18)))
+        most = 1 << (15 if device.type == "cpu" else 18)
+        limit = max(8 * s.block_size, min(run_tokens // 600, most))
         with precision(device, self.dtype):
-            self.val_loss, _ = estimate_loss(
-                self.eval_model, self.val_ids, None, s.batch_size, limit)
+            self.val_loss, _ = estimate_loss(self.eval_model, ids, None, s.batch_size, limit)
         if self.step and self.val_loss < self.best:
             self.best = self.val_loss
             self.save("best.pt")
@@ -1107,7 +1107,7 @@ class Run:
             notice(f"best.pt keeps the lowest validation loss, {self.best:.4f}; after it the model "
                    "learnt by heart: more text, dropout or a smaller model would help")
         if stop:
-            notice(f"stopped at step {self.step} and saved; --resume --out {self.out} goes on")
+            notice(f"stopped at step {self.step} and saved; --resume --out '{self.out}' goes on")
         else:
             say(f"{self.out} is complete at step {self.step}, after {self.seconds():.0f} s")
         return {"step": self.step, **self.last, "val_loss": self.val_loss,
@@ -1601,9 +1601,9 @@ canvas { width: 6rem; image-rendering: pixelated; background: #8882 }
 <header><button id="play">▶</button> <input id="at" type="range"> <b id="now"></b></header>
 <div class="row" id="curves"></div>
 <h2>The line that the model reads</h2>
-<p>A line of the validation text, which it never trains on. A token's colour is its loss, minus the
-log of the probability it was given, in nats. Choose one, by pointer or arrow keys: the table has
-what comes next in the model's view, after so many blocks (the logit lens). ✓ is what came.</p>
+<p>The probe, or a line of the validation text, which it never trains on. A token's colour is its
+loss, minus the log of the probability it was given, in nats. Choose one, by pointer or arrow keys:
+the table has what comes next in its view, after so many blocks (logit lens). ✓ is what came.</p>
 <div id="line" dir="auto"></div><p id="chosen" aria-live="polite"></p><table id="next"></table>
 <h2>Where its heads look</h2>
 <p>A row is a token that looks, a column the token looked at. Choose a head: the line above is then
@@ -1648,7 +1648,7 @@ function draw() {
   const i = Math.max(0, Math.min(T - 1, state.token | 0)), heads = r.heads.flat()
   const head = heads.find(head => head.name === state.head)
   $('at').value = at
-  $('now').innerText = `step ${r.step}` + (r.validation ? ', validation loss ' + r.validation : '')
+  $('now').innerText = R.length > 1 ? `step ${r.step}, validation loss ${r.validation}` : ''
   $('curves').innerHTML = chart(at, 'Loss', ['training', 'validation', 'blind guess', 'bigram'])
     + chart(at, 'Longest copied piece', ['from training text', 'from validation text'])
   $('line').innerHTML = each(r.text, (t, j) => `<button data-token=${j} aria-pressed=${j === i}

@@ -496,7 +496,7 @@ def test_greedy_top_k_and_top_p_keep_what_they_should(how, kept):
     rows = gpt.sample_next(logits, s, torch.Generator())
     assert {[1, 0, 3, 2].index(i) for i in rows.tolist()} == kept
     if how == {}:
-        assert rows.bincount() / 2000 == pytest.approx([0.3, 0.5, 0.05, 0.15], abs=0.05)
+        assert (rows.bincount() / 2000).tolist() == pytest.approx([0.3, 0.5, 0.05, 0.15], abs=0.05)
     with pytest.raises(gpt.Failure, match="not finite"):
         gpt.sample_next(logits * math.nan, s, None)
 
@@ -1375,7 +1375,7 @@ def test_the_rule_on_a_cpu_and_requests(kernels):
                           (999, "plain", "plain")):
         run, why = choose((1, T, 2, 2, 16), impl)
         assert run is kernels.ATTENTION[name] and why.startswith(name)
-    for impl, says in (("triton", "device is cpu"), ("cuda", "cpu"), ("flash", "cannot be used")):
+    for impl, says in (("triton", "used: "), ("cuda", "device is cpu"), ("flash", "cannot")):
         with pytest.raises(ValueError, match=says):
             choose((1, 9, 2, 2, 16), impl)
 
