@@ -341,7 +341,11 @@ class GPT2Tokenizer(BPETokenizer):
     @classmethod
     def train(cls, texts, vocab_size):
         import tiktoken
-        ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
+        try:
+            ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
+        except OSError:
+            raise Error("the tokens of gpt2 could not be downloaded; TIKTOKEN_CACHE_DIR may name "
+                        "a folder that has them") from None
         return cls(sorted(ranks, key=ranks.get) + [b"<|endoftext|>"])
 
 TOKENIZERS = {"char": CharTokenizer, "bpe": BPETokenizer, "gpt2": GPT2Tokenizer}
@@ -1543,6 +1547,7 @@ def inspect(s):
 @dataclass
 class Ablation(Training):
     """What to compare."""
+    out: str = setting("out-ablate", "folder of the runs and of their table")
     vary: list = setting((), "n_head=1,2,4; 'n_head=1,2 n_layer=2,4' makes all four pairs")
     seeds: int = setting(1, "runs of each setting, with the seeds that follow seed", 1)
 
@@ -1550,7 +1555,7 @@ class Ablation(Training):
 def ablate(s):
     """train a model in several settings, and compare"""
     base = {name: value for name, value in s.given.items() if name not in ("vary", "seeds", "out")}
-    out, seeds, plans = Path(s.given.get("out", "out-ablate")), range(s.seed, s.seed + s.seeds), {}
+    out, seeds, plans = Path(s.out), range(s.seed, s.seed + s.seeds), {}
     for sweep in s.vary:
         axes = [word.replace("-", "_").partition("=") for word in sweep.split()]
         for values in itertools.product(*(values.split(",") for _, _, values in axes)):
@@ -1571,6 +1576,7 @@ def ablate(s):
             with contextlib.redirect_stdout(io.StringIO()):
                 last = train(**how | {"out": str(folder)})
                 if last["signal"]:
+                    notice("the same command again goes on with the table")
                     return last
                 result = evaluate(out=str(folder), device=s.device)
             parameters, bits = count_parameters(load_model(folder)[0]), result["bits_per_byte"]
