@@ -11,7 +11,7 @@ B batch, H query heads, H_kv key heads (H_kv divides H), TQ queries, TK keys, D 
 C channels, V vocabulary. m, l and acc are the running maximum, sum and output of the papers: online
 softmax (arxiv.org/abs/1805.02867), FlashAttention-2 (2307.08691). LSE is m + log2(l)."""
 import ctypes, functools, json, struct, sys, warnings
-
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # nothing here needs it
 import torch
 import torch.nn.functional as F
 from torch import Tensor
