@@ -410,7 +410,7 @@ def choose_attention(model, impl, dtype, batch_size=1):
             attend, reason = kernels.choose(device, dtype, shape, impl)
         except ValueError as e:
             raise Error(f"attention {impl}: {e}") from None
-    T, definitions = min(c.block_size, 4096), {block.attn.attend for block in model.blocks}
+    T, definitions = min(c.block_size, 4096), {b.attn.attend for b in model.blocks} - {attend}
     q, k, v = torch.randn(3, 1, T, 1, max(16, c.head_dim), device=device, dtype=dtype)
     v[:, 0] *= T ** 0.5  # so that a window shows, if it hides this key from one query
     for definition, queries in itertools.product(definitions, (q, q[:, -1:])):
@@ -616,6 +616,10 @@ def find_files(name):
         raise Error(f"data {name!r:.100}: no file, no folder with .txt files, no glob of files")
     return found
 
+def whole_characters(text):
+    """The text with halves of surrogate pairs joined, or replaced where they stand alone."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
 def read_documents(path, size):
     """Each document of a file, as an iterator over blocks of text: a .jsonl has one a line."""
     with open(path, encoding="utf-8-sig", newline="") as file:
@@ -626,8 +630,7 @@ def read_documents(path, size):
             if line.isspace():
                 continue
             try:
-                text = json.loads(line)["text"]
-                yield [text.encode(errors="replace").decode()]  # JSON may have half a character
+                yield [whole_characters(json.loads(line)["text"])]
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 raise Error(f"{path}: line {number} is no JSON object with a `text`") from None
 
@@ -917,7 +920,7 @@ def fit_to_text(s, text, world):
     V, N = len(text.tokenizer.tokens), len(split(text.ids)[0])
     if s.vocab_size not in (0, V) and (s.vocab_size < V or s.tokenizer != "bpe"):
         raise Error(f"vocab_size {s.vocab_size}: this tokenizer has {V} tokens")
-    if N <= s.block_size or len(text.ids) < 20:
+    if N <= s.block_size:
         raise Error(f"too little text: {N} tokens to train on, at least {s.block_size + 1} needed "
                     f"by a block_size of {s.block_size}")
     s.vocab_size = V
@@ -938,12 +941,10 @@ class Run:
         self.model.to(device, torch.float64 if self.dtype == torch.float64 else torch.float32)
         self.model.checkpoint_activations = s.checkpoint_activations
         self.attention = choose_attention(model, s.attention, self.dtype, s.batch_size)
-        self.forward = self.model  # or compiled
-        self.eval_model = self.model  # evaluated, probed, saved as best.pt: an average might be
+        self.forward = self.eval_model = self.model  # one may be compiled, the other averaged
         self.optimizers = make_optimizers(self.model, s)
         # float16 loses small gradients: the loss is multiplied before the backward pass
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.kept = dict(zip(("optimizer", "muon"), self.optimizers), scaler=self.scaler)
         self.step, self.best, self.val_loss = 0, math.inf, math.nan
         self.last = {"train_loss": None, "lr": 0.0, "grad_norm": None}
         self.progress, self.skipped, self.looked_step, self.longest = 0.0, 0, -1, 0.0
@@ -966,9 +967,10 @@ class Run:
         """Put back what a checkpoint holds besides the weights; say what will happen."""
         s, text, model = self.s, self.text, self.model
         if checkpoint:
-            for name, part in self.kept.items():
-                if checkpoint[name]:  # a scaler that was not in use has nothing
-                    part.load_state_dict(checkpoint[name])
+            for optimizer, state in zip(self.optimizers, checkpoint["optimizer"]):
+                optimizer.load_state_dict(state)
+            if checkpoint["scaler"]:  # one that was not in use has nothing
+                self.scaler.load_state_dict(checkpoint["scaler"])
             self.step = self.looked_step = checkpoint["step"]
             self.best, self.val_loss = checkpoint["best"], checkpoint["val_loss"]
             self.began -= checkpoint["seconds"]
@@ -1101,8 +1103,9 @@ class Run:
                  "data_fingerprint": self.text.fingerprint}
         if name == "ckpt.pt":
             self.saved = time.monotonic()
-            state |= {"seconds": self.seconds(), "best": self.best}
-            state |= {name: part.state_dict() for name, part in self.kept.items()}
+            state |= {"seconds": self.seconds(), "best": self.best,
+                      "scaler": self.scaler.state_dict(),
+                      "optimizer": [optimizer.state_dict() for optimizer in self.optimizers]}
         with atomic(self.out / name) as file:
             torch.save(state, file)
 
@@ -1230,7 +1233,7 @@ def read_prompt(prompt):
     elif prompt.startswith("@") and not prompt.startswith("@@"):
         path = Path(prompt[1:]).expanduser()
         prompt = path.read_bytes().decode("utf-8-sig", "replace").removesuffix("\n")
-    return prompt.removeprefix("@").encode(errors="replace").decode()
+    return whole_characters(prompt.removeprefix("@"))
 
 @dataclass
 class Evaluation(Machine, Trained):
@@ -1262,7 +1265,7 @@ def evaluate(s):
 # --- Checkpoints ---------------------------------------------------------------------------------
 # A dict of tensors and plain values: no code runs when it is opened, and it opens on any device.
 
-FORMAT = 3
+FORMAT = 2
 
 @contextlib.contextmanager
 def atomic(path):
@@ -1505,7 +1508,7 @@ def inspect(s):
     if not s.init:
         about += f"; learnt {', '.join(c.data)}"
         log = {line["step"]: line for line in read_lines(out / "log.jsonl")}
-        records = read_lines(out / "probe.jsonl")
+        records = [r for r in read_lines(out / "probe.jsonl") if "heads" in r]  # as they are now
         try:
             train, val = split(run_data(out, tokenizer))
         except Error as e:
@@ -1564,8 +1567,9 @@ def ablate(s):
             plans[" ".join(f"{name}={value}" for name, value in plan.items())] = base | plan
     path = out / "ablate.json"
     done = {"format": FORMAT, "base": base, "runs": {}}
-    done |= json.loads(path.read_text("utf-8")) if path.exists() else {}
-    if (done["format"], done["base"]) != (FORMAT, base):
+    if path.exists():
+        done = json.loads(path.read_text("utf-8"))
+    if (done.get("format"), done["base"]) != (FORMAT, base):
         raise Error(f"{path} is of other settings, {done['base']!r:.100}; name another out")
     say("| setting | parameters | loss | bits per byte | seconds |\n" + "| --- " * 5 + "|")
     for (name, plan), seed in itertools.product(plans.items(), seeds):
@@ -1697,6 +1701,7 @@ document.onkeydown = e => {
 draw()
 </script>
 """
+
 # --- Weights in and out --------------------------------------------------------------------------
 # Hugging Face's transformers knows three of the architectures that these settings can make. One
 # table says what the settings and weights of each are called there, and serves both directions.
@@ -1840,7 +1845,7 @@ def load_folder(source):
             parts = found[name].split([view.size(-1) for view in views], dim=-1)
             for view, part in zip(views, parts):
                 view.copy_(part)
-        return model, folder_tokenizer(folder, kind, about, config.vocab_size)
+        return model, folder_tokenizer(folder, kind, config.vocab_size)
     except ImportError:
         raise
     except Exception as e:  # a damaged file may fail in any way
@@ -1875,12 +1880,15 @@ class HuggingFaceTokenizer(Tokenizer):
 
 TOKENIZERS["huggingface"] = HuggingFaceTokenizer
 
-def folder_tokenizer(folder, kind, about, size):
-    """The tokenizer of a folder, None if it has none."""
-    path, ends = folder / "tokenizer.json", about.get("eos_token_id")
+def folder_tokenizer(folder, kind, size):
+    """The tokenizer of a folder, None if it has none. Two files may say which ids end a sample."""
+    path, ends = folder / "tokenizer.json", []
     if not path.exists():
         return GPT2Tokenizer.train((), 0) if kind == "gpt2" and size == 50257 else None
-    ends = [i for i in (ends if isinstance(ends, list) else [ends]) if i in range(size)]
+    for file in (folder / "config.json", folder / "generation_config.json"):
+        ids = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.exists() else None
+        ends += ids if isinstance(ids, list) else [ids]
+    ends = [i for i in dict.fromkeys(ends) if i in range(size)]
     return HuggingFaceTokenizer(path.read_text("utf-8"), ends, size)
 
 def byte_letters():

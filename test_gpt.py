@@ -1,6 +1,6 @@
 """Tests of gpt.py and kernels.py: `python -m pytest -q`. Quick, offline, in temporary folders."""
-import contextlib, ctypes, functools, importlib.metadata, importlib.util, io
-import itertools, json, math, os, pickle, random, re, shlex, shutil, signal
+import contextlib, ctypes, functools, importlib.util, io
+import itertools, json, math, os, pickle, random, re, shlex, shutil, signal, socket
 import subprocess, sys, tempfile, threading, time, types
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,11 +21,17 @@ Whether 'tis nobler in the mind to suffer
 """ * 40
 SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, batch_size=4, device="cpu", probe="")
 
+def no_network(host, *rest, resolve=socket.getaddrinfo, **named):
+    if host in (None, "localhost", "127.0.0.1", socket.gethostname()):
+        return resolve(host, *rest, **named)
+    raise OSError(f"a test asked for {host}")
+
 @contextlib.contextmanager
 def own_folder(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("GPT_CACHE", str(folder / "cache"))
+        patch.setattr(socket, "getaddrinfo", no_network)
         Path("text.txt").write_text(TEXT, "utf-8")
         torch.manual_seed(0)
         torch.set_float32_matmul_precision("highest")
@@ -187,6 +193,12 @@ def scramble(model):
         torch.nn.init.normal_(p, std=0.2 if p.dim() > 1 else 1.0)
     return model.eval()
 
+def test_gpt2_has_as_many_parameters_as_gpt2():
+    layers, heads, channels = gpt.GPT2_SIZES["gpt2"]
+    shape = dict(vocab_size=50257, n_layer=layers, n_head=heads, n_embd=channels, block_size=1024)
+    with torch.device("meta"):
+        assert gpt.count_parameters(make("gpt2", **shape)) == 124_439_808
+
 every_model = pytest.mark.parametrize("given", [dict(arch=arch) for arch in gpt.ARCHS] + [
     dict(pos="none", n_kv_head=1), dict(mlp="relu2", head_dim=6), dict(mlp="relu", bias=True)])
 
@@ -272,7 +284,7 @@ def test_files_folders_and_globs_are_read_as_they_are(monkeypatch):
     Path("c.jsonl").write_text('{"text": "half \\ud83d"}\n\n{"text": "three\\n"}\n')
     one = "one\r\n" + "." * 20
     assert text_of("d[1]") == text_of("~/d[1]") == one + "два" and text_of("d*/*.txt") == one
-    assert text_of("c.jsonl", "d[1]/deep/B.TXT", "d[1]") == "half ?three\nдва" + one + "два"
+    assert text_of("c.jsonl", "d[1]/deep/B.TXT", "d[1]") == "half \ufffdthree\nдва" + one + "два"
     for count in (40_000, 70_000):  # ids of two bytes, of four
         Path("v.txt").write_text(text := "".join(map(chr, range(0x20000, 0x20000 + count))))
         assert text_of("v.txt") == text
@@ -311,6 +323,8 @@ def test_the_loss_counts_each_token_once_with_the_context_it_says(n, stride):
         total += F.cross_entropy(model(ids[None, begin:t])[0, -1], ids[t]).item()
     loss, counted = gpt.estimate_loss(model, ids, stride, batch_size=3)
     assert counted == n - 1 and loss == pytest.approx(total / (n - 1), rel=1e-4)
+    few, again = (gpt.estimate_loss(model, ids.repeat(20), limit=100) for _ in range(2))
+    assert few == again and few[1] <= 100
 
 ODD = ["".join(AWKWARD) * 20, "\n" * 5000, "x" * 3_000_000, "a" + " " * 999_999 + "b"]
 
@@ -352,6 +366,11 @@ def test_a_run_sees_its_text_five_times_and_reports_to_people_and_programs():
     code, out, _ = run_main(*flags(steps=None), "--n_kv_head=4", "--no-qk-norm")
     lines, even = log(), {math.ceil(240 * k / 20) for k in range(21)}
     assert code == 0 and "1 file, 3,400 tokens" in out and "5 times in 240 steps" in out
+    assert lines[0].keys() == {"step", "tokens", "seconds", "train_loss", "lr", "grad_norm",
+                               "val_loss", "tokens_per_second", "memory_mb"}
+    state = torch.load("out/ckpt.pt", weights_only=True)
+    assert {"model", "settings", "tokenizer", "step", "val_loss", "optimizer", "scaler", "seconds",
+            "best", "data_fingerprint"} <= state.keys() and state["format"] == 2
     assert [line["step"] for line in lines] == sorted(even | {1, 2, 4, 8, 16, 32, 64, 128})
     assert lines[0]["val_loss"] == pytest.approx(math.log(len(set(TEXT))), rel=0.03)
     shown = re.findall(r"val (\S+) \((\S+) bits per byte", out)
@@ -396,6 +415,8 @@ def test_resuming_refuses_another_run_but_takes_more_steps():
     os.rename("text.txt", "copy.txt")  # the same text by another name
     assert run_main("train", "--resume", "--steps", 9, "--data", "copy.txt")[0] == 0
     assert log()[:7] == old and [line["step"] for line in log()] == [*range(10)]
+    before = log()
+    assert gpt.train(resume=True)["step"] == 9 and log() == before  # complete: nothing to do
 
 def test_a_repeated_command_never_loses_a_run():
     train(out="r")
@@ -523,6 +544,7 @@ def test_prompts_of_any_kind_are_met(trained, monkeypatch):
     for prompt, text in (TEXT[:300], TEXT[:300]), ("@p.txt", "or not\n"), ("-", "be"):
         _, out, err = run_main("sample", "--out", trained, "--prompt", prompt, "--tokens", 0)
         assert out == text + "\n" and ("sees 16" in err) == (len(text) > 16)
+    assert "'-' (" in refused("sample", "--out", trained, "--prompt", "-- to be")  # no option
 
 def test_a_sample_ends_at_the_end_of_text_and_does_not_show_it(trained, monkeypatch):
     chars = gpt.load_model(trained)[1].chars
@@ -539,7 +561,9 @@ def test_eval_gives_the_loss_that_training_gave_but_not_for_another_text():
     assert result["loss"] == loss and result["tokens"] == 15
     assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
     assert result["bits_per_byte"] == pytest.approx(result["loss"] / math.log(2))
-    assert json.loads(run_main("eval", "--data", "text.txt", "--json")[1])["tokens"] == 159
+    said = json.loads(run_main("eval", "--data", "text.txt", "--json", "--stride", 1)[1])
+    assert said.keys() == {"loss", "perplexity", "bits_per_byte", "tokens", "stride"}
+    assert (said["tokens"], said["stride"]) == (159, 1)
     Path("text.txt").write_text(TEXT)
     assert "text.txt has changed" in refused("eval")
 
@@ -746,7 +770,9 @@ def test_rope_theta_is_found_in_the_spelling_of_any_version():
 @pytest.mark.parametrize("kind, name, value, says", [
     ("gpt2", "model_type", "mamba", "mamba"), ("gpt2", "activation_function", "relu", "relu"),
     ("gpt2", "n_layer", 4, "is None"), ("gpt2", "scale_attn_weights", False, "attn_weights"),
-    ("gpt2", "n_layer", [], "n_layer"), ("gpt2", "tie_word_embeddings", False, "lm_head.weight"),
+    ("gpt2", "n_layer", "x", "n_layer"), ("gpt2", "n_layer", 10 ** 9, "n_layer"),
+    ("gpt2", "n_layer", [], "n_layer"), ("gpt2", "n_head", 4, "divisible"),
+    ("gpt2", "tie_word_embeddings", False, "lm_head.weight"),
     ("gpt2", "scale_attn_by_inverse_layer_idx", True, "inverse"), ("llama", "mlp_bias", 1, "bias"),
     ("llama", "rope_parameters", {"rope_type": "llama3"}, "llama3"), ("gpt2", "n_layer", 2, "None"),
     ("gpt2", "vocab_size", 130, "wte.weight"), ("llama", "max_position_embeddings", 10 ** 15, ""),
@@ -838,9 +864,10 @@ def test_tokenizers_of_others_are_theirs_in_sampling_and_fine_tuning_too():
     t.train_from_iterator([INPUT, STRANGE], vocab_size=700, show_progress=False,
                           special_tokens=["<|im_end|>", "<|endoftext|>"])
     t.save("a/tokenizer.json")
-    edit("eos_token_id", [1, 0])
+    edit("eos_token_id", 0)
+    Path("a/generation_config.json").write_text('{"eos_token_id": [1, 0]}')
     tokenizer = gpt.load_model("a")[1]
-    assert (len(tokenizer.tokens), tokenizer.ends, tokenizer.eot) == (703, {0, 1}, 1)
+    assert (len(tokenizer.tokens), tokenizer.ends, tokenizer.eot) == (703, {0, 1}, 0)
     ids = tokenizer.encode(STRANGE, special=True).tolist()
     assert ids == t.encode(STRANGE).ids and tokenizer.decode(ids) == STRANGE
     assert 1 not in tokenizer.encode(STRANGE).tolist()  # in data it is text
@@ -974,6 +1001,14 @@ def test_the_readme_python_runs():
     names = {**vars(gpt), "train": lambda **given: gpt.train(**given | tiny)}
     exec("".join(readme("python")), names)
     assert names["logits"].shape[:2] == (1, 5)
+
+def test_the_source_keeps_its_promises():
+    for name in ("gpt.py", "kernels.py"):
+        source = (HERE / name).read_text("utf-8")
+        assert not re.search(r"import (flash_attn|numpy)|numpy\(", source)
+        for call in re.findall(r"\bopen\([^)]*\)|read_text\([^)]*\)|write_text\(.*\)", source):
+            assert re.search("rb|wb|utf-8|def open", call), call
+        assert max(map(len, source.splitlines())) <= 100
 
 # --- Kernels -------------------------------------------------------------------------------------
 # Without a GPU: Triton's interpreter, a small emulator of CUDA C++, and both compilers.
