@@ -295,37 +295,32 @@ class BPETokenizer(Tokenizer):
         vocab_size = vocab_size or 1024
         if vocab_size < 257:
             raise Error(f"vocab_size {vocab_size}: bpe needs 256 bytes and the end of text")
-        counts = Counter()  # of words, as bytes: merges stay within words
+        tokens = [bytes([i]) for i in range(256)]
+        words, pairs = Counter(), Counter()  # how often they occur; chr(i) stands for tokens[i]
         for text in itertools.islice(texts, 16):  # two million characters tell enough
             for word, n in Counter(regex.findall(GPT2_PATTERN, text)).items():
-                for part in re.findall(b"(?s).{1,64}", word.encode()):
-                    counts[part] += n
-        words = [(list(word), n) for word, n in counts.items()]
-        tokens = [bytes([i]) for i in range(256)]
-        pairs, where = Counter(), defaultdict(set)  # how often, and in which words, pairs occur
+                for part in re.findall("(?s).{1,64}", word.encode().decode("latin-1")):
+                    words[part] += n
 
-        def count(i, sign):
-            ids, n = words[i]
-            for pair in zip(ids, ids[1:]):
-                pairs[pair] += sign * n
-                where[pair].add(i)
+        def count(word, n):
+            for a, b in zip(word, word[1:]):
+                pairs[a + b] += n
 
-        for i in range(len(words)):
-            count(i, 1)
+        for word, n in words.items():
+            count(word, n)
         while len(tokens) < vocab_size - 1 and pairs:
-            a, b = max(pairs, key=pairs.get)
-            if pairs[a, b] < 1:
+            pair = max(pairs, key=pairs.get)
+            if pairs[pair] < 1:
                 break
-            tokens.append(tokens[a] + tokens[b])
-            for i in where.pop((a, b)):
-                count(i, -1)
-                ids, j = words[i][0], 0
-                while j < len(ids) - 1:
-                    if ids[j] == a and ids[j + 1] == b:
-                        ids[j:j + 2] = [len(tokens) - 1]
-                    j += 1
-                count(i, 1)
-            del pairs[a, b]
+            joined = chr(len(tokens))
+            tokens.append(b"".join(tokens[ord(c)] for c in pair))
+            for word in [word for word in words if pair in word]:  # merges stay within words
+                n = words.pop(word)
+                count(word, -n)
+                word = word.replace(pair, joined)
+                words[word] = n
+                count(word, n)
+            del pairs[pair]
         return cls(tokens + [b"<|endoftext|>"])
 
     def encode(self, text, special=False):
@@ -620,32 +615,21 @@ def whole_characters(text):
     """The text with halves of surrogate pairs joined, or replaced where they stand alone."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
-def read_documents(path, size):
-    """Each document of a file, as an iterator over blocks of text: a .jsonl has one a line."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        if path.suffix.lower() != ".jsonl":
-            yield iter(lambda: file.read(size), "")
-            return
-        for number, line in enumerate(file, 1):
-            if line.isspace():
-                continue
-            try:
-                yield [whole_characters(json.loads(line)["text"])]
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                raise Error(f"{path}: line {number} is no JSON object with a `text`") from None
-
 WORD_END = re.compile(r"(?s).*[^\W_](?=\s)")  # greedy: the last in a text
 
 def read_pieces(paths, size=1 << 17):
-    """The text in pieces of about `size` characters, and None before each document. A piece ends
-    between a letter or digit and the white space after it, where no tokenizer joins anything;
-    where there is no such place, anywhere."""
+    """The text in pieces, and None before each document: a file, or a line of a .jsonl. A file is
+    cut about every `size` characters, between a letter or digit and the white space after it,
+    where no tokenizer joins anything; where there is no such place, anywhere."""
     for path in paths:
         try:
-            for document in read_documents(path, size):
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                if path.suffix.lower() == ".jsonl":
+                    yield from read_jsonl(file)
+                    continue
                 yield None
                 rest = ""
-                for block in document:
+                while block := file.read(size):
                     rest += block
                     end = WORD_END.match(rest)
                     cut = end.end() if end else size
@@ -654,6 +638,13 @@ def read_pieces(paths, size=1 << 17):
                 yield rest
         except UnicodeDecodeError:
             raise Error(f"{path}: not UTF-8 text") from None
+
+def read_jsonl(file):
+    for number, line in enumerate(file, 1):
+        try:
+            yield from () if line.isspace() else (None, whole_characters(json.loads(line)["text"]))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise Error(f"{file.name}: line {number} is no JSON object with a `text`") from None
 
 # ids (N,) are on disk; the fingerprint is theirs, whatever the files are called
 Tokens = namedtuple("Tokens", "ids tokenizer fingerprint files text_bytes")
@@ -676,7 +667,7 @@ def load_tokens(data, tokenizer="char", vocab_size=0):
     size = binary.stat().st_size // dtype.itemsize
     if size < 20:
         raise Error(f"{', '.join(data):.100}: too little text, {size} tokens")
-    ids = torch.from_file(str(binary), shared=False, size=size, dtype=dtype)
+    ids = torch.from_file(str(binary), size=size, dtype=dtype)
     return Tokens(ids, tokenizer, known["fingerprint"], len(paths), known["text_bytes"])
 
 def id_dtype(tokenizer):
@@ -1365,22 +1356,18 @@ def read_lines(path):
 def logit_lens(model, idx):
     """Ids (T,) -> the next token's probabilities as each layer has them, (n_layer + 1, T, V), from
     the bare embedding on: the head reads a stream that is not finished."""
-    streams = []
-
-    def keep(part, inputs, output):
-        streams.append(output)
-
-    hooks = [part.register_forward_hook(keep) for part in (model.dropout, *model.blocks)]
-    model(idx[None])
-    for hook in hooks:
-        hook.remove()
-    return torch.cat([model.head(model.norm(x)) for x in streams]).float().cpu().softmax(dim=-1)
+    blocks, logits = model.blocks, []
+    for n in range(len(blocks) + 1):
+        model.blocks = blocks[:n]
+        logits.append(model(idx[None]))
+    model.blocks = blocks
+    return torch.cat(logits).float().cpu().softmax(dim=-1)
 
 @torch.no_grad()
 def attention_maps(model, idx):
     """Ids (T,) -> where each token's attention goes, (T, T) for each head of each block. It is the
     model's own: what its attention makes of the identity in the place of v, D columns at a time."""
-    maps, attends = [], [block.attn.attend for block in model.blocks]
+    maps, parts = [], [block.attn for block in model.blocks]
 
     def record(attend, q, k, v):
         _, T, H_kv, D = k.shape
@@ -1389,11 +1376,11 @@ def attention_maps(model, idx):
         maps.append(torch.cat(columns, dim=-1)[0, ..., :T].transpose(0, 1).float().cpu())
         return attend(q, k, v)
 
-    for block, attend in zip(model.blocks, attends):
-        block.attn.attend = functools.partial(record, attend)
+    for part in parts:
+        part.attend = functools.partial(record, part.attend)
     model(idx[None])
-    for block, attend in zip(model.blocks, attends):
-        block.attn.attend = attend
+    for part in parts:
+        part.attend = part.attend.args[0]
     return maps
 
 def head_role(probs, idx):
@@ -1987,17 +1974,16 @@ def make_parser():
             f = function.settings.__dataclass_fields__[name]
             default = " ".join(f.default) if f.type is list else f.default
             shown = "" if default in (None, "") else f" [{default}]"
-            about = dict(help=f.metadata["help"].replace("%", "%%") + shown,
-                         default=argparse.SUPPRESS, action=Once)
+            about = dict(help=f.metadata["help"].replace("%", "%%") + shown)
+            kind = {int: "N", float: "X"}.get(f.type, "TEXT")
+            how = dict(action=Once, metavar="|".join(f.metadata["choices"]) or kind)
             if f.type is bool:
-                about["action"] = argparse.BooleanOptionalAction
-            elif f.type is list:
-                about |= dict(nargs="+", action="extend")
-            if f.type is not bool:
-                kind = {int: "N", float: "X"}.get(f.type, "TEXT")
-                about["metavar"] = "|".join(f.metadata["choices"]) or kind
+                how = dict(action=argparse.BooleanOptionalAction)
+            if f.type is list:
+                how |= dict(nargs="+", action="extend")
             flags = dict.fromkeys(["--" + name.replace("_", "-"), "--" + name])
-            sub.add_argument(*[name] if name == "folder" else flags, **about)  # export's
+            flags = [name] if name == "folder" else flags  # export's
+            sub.add_argument(*flags, default=argparse.SUPPRESS, **about, **how)
     return parser
 
 def main(argv=None):

@@ -512,9 +512,10 @@ def summed_loss(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int,
     weight, V, N = weight.to(x.dtype), len(weight), len(x)
     rows = fused_rows if row_kernels_work(x.device, x.dtype) else plain_rows
     mixed = {"out_dtype": dw.dtype} if dw.dtype != x.dtype else {}
-    # More rows than 4,096 might overflow a 16-bit dW. MPS errs in gaps (pytorch issue 104832).
+    # More rows than 4,096 might overflow a 16-bit dW. MPS errs in gaps (pytorch issue 104832), and
+    # oneDNN on AMX reads them, times zero (oneDNN issue 5717): so no NaN may stand there.
     size = min(4096, max(128, SLICE * (4 if x.is_cuda else 1) // V // 128 * 128), N)
-    logits = x.new_empty(size, V if x.device.type == "mps" else -(-V // 64) * 64)[:, :V]
+    logits = x.new_zeros(size, V if x.device.type == "mps" else -(-V // 64) * 64)[:, :V]
     for start in range(0, N, size):
         part = slice(start, start + size)
         z = torch.mm(x[part], weight.T, out=logits[:len(x[part])])
@@ -670,7 +671,6 @@ def main(argv):
     N, C, V = (4096, 768, 50257) if gpu else (400, 64, 50257)
     def make(*shape):
         return torch.randn(shape, device=device).to(dtype).requires_grad_()
-
     qkv, x, weight = [make(B, T, H, D) for _ in "qkv"], make(N, C), make(V, C)
     ours, torchs = (functools.partial(loss, targets=torch.arange(N, device=device))
                     for loss in (linear_cross_entropy, plain_loss))
