@@ -21,11 +21,11 @@ Around it: Checkpoints, Looking inside, Weights in and out, Command line.
 import time
 STARTED = time.monotonic()  # `--minutes` counts from here: loading torch is included
 import argparse, codecs, contextlib, ctypes, difflib, functools, glob, hashlib, html, io
-import itertools, json, math, os, re, signal, sys, threading, uuid, warnings, zipfile
+import itertools, json, math, os, re, signal, sys, uuid, warnings, zipfile
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from inspect import Parameter, Signature
+from inspect import signature
 from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # nothing here needs it
@@ -56,8 +56,7 @@ class Failure(Error):
 
 def setting(default, help, low=0, high=1e18, choices=""):
     """A field with its default, its meaning, and the numbers or the words that it may be."""
-    rules = dict(help=help, low=low, high=high, choices=choices.split())
-    return field(default=default, metadata=rules)
+    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
 CONVERT = {  # what was given, to a field's type
     int: lambda x: int(str(x)), float: float, str: os.fsdecode,
@@ -72,9 +71,9 @@ def checked(f, value):
     with contextlib.suppress(ValueError, TypeError, KeyError):
         converted = CONVERT[f.type](value)
         number = converted if f.type in (int, float) else low
-        if low <= number <= high and (not choices or converted in choices):
+        if low <= number <= high and (not choices or converted in choices.split("|")):
             return converted
-    wanted = "one of " + ", ".join(choices) if choices else f"of type {f.type.__name__}"
+    wanted = choices or f"of type {f.type.__name__}"
     if f.type in (int, float):
         wanted += f" from {low} to {high:g}".removesuffix(" to 1e+18")
     raise Error(f"{f.name} must be {wanted}, not {value!r:.100}")
@@ -87,29 +86,18 @@ class Settings:
 
     @classmethod
     def make(cls, given):
-        """One from the names and values that a command was given; it remembers them."""
-        known = {f.name: f for f in fields(cls)}
+        """One from the names and values that a command was given."""
+        known = cls.__dataclass_fields__
         for name in given.keys() - known.keys():
-            close = difflib.get_close_matches(name.replace("epochs", "steps"), known, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise Error(f"there is no setting {name!r:.100}{hint}")
-        given = {name: checked(known[name], value) for name, value in given.items()}
-        s = cls(**cls.complete(given))
-        s.given = given
-        return s
-
-    @classmethod
-    def complete(cls, given):
-        """What was given, and the defaults that depend on it."""
-        return given
+            plain = name.strip("-").replace("-", "_").replace("epochs", "steps")
+            near = difflib.get_close_matches(plain, known, 1) or ["--help"]
+            raise Error(f"there is no setting {name!r:.100}; did you mean {near[0]}?")
+        return cls(**given)
 
 COMMANDS = {}  # name -> function
 
 def command(settings, name):
     """Make a function of a `settings` a command of the shell, and a function of its fields."""
-    known = settings.__dataclass_fields__
-    names = dict.fromkeys([*settings.__annotations__, *known])  # its own come first
-
     def decorate(function):
         @functools.wraps(function)
         def call(**given):
@@ -125,10 +113,9 @@ def command(settings, name):
                 raise Failure("out of memory: try a smaller batch_size (with a larger accum), "
                               "checkpoint_activations, a smaller block_size or size") from None
 
-        call.__signature__ = Signature([
-            Parameter(n, Parameter.KEYWORD_ONLY, default=known[n].default) for n in names])
-        COMMANDS[name] = call
         call.settings = settings
+        call.__signature__ = signature(settings)
+        COMMANDS[name] = call
         return call
     return decorate
 
@@ -143,9 +130,9 @@ class Config(Settings):
     head_dim: int = setting(0, "channels of a head (0: n_embd / n_head)")
     n_embd: int = setting(128, "channels of the residual stream", 1, 1 << 16)
     mlp_hidden: int = setting(0, "channels of the MLP (0: 4 n_embd; swiglu: 8/3 n_embd)")
-    pos: str = setting("rope", "how positions enter", choices="learned rope none")
-    norm: str = setting("rms", "LayerNorm or RMSNorm", choices="layer rms")
-    mlp: str = setting("swiglu", "relu2 is squared, swiglu gated", choices="gelu relu relu2 swiglu")
+    pos: str = setting("rope", "how positions enter", choices="learned|rope|none")
+    norm: str = setting("rms", "LayerNorm or RMSNorm", choices="layer|rms")
+    mlp: str = setting("swiglu", "relu2 is squared, swiglu gated", choices="gelu|relu|relu2|swiglu")
     qk_norm: bool = setting(True, "RMSNorm on queries and keys, so that no score grows too large")
     bias: bool = setting(False, "biases in linear layers and LayerNorm")
     tie: bool = setting(False, "the head shares the embedding's weights")
@@ -170,67 +157,65 @@ class Config(Settings):
 class Machine(Settings):
     """Where it runs."""
     device: str = setting("auto", "auto (cuda, else mps, else cpu) or a torch device")
-    dtype: str = setting("auto", "precision", choices="auto float32 bfloat16 float16 float64")
-    attention: str = setting("auto", "attention kernel", choices="auto triton cuda sdpa plain")
+    dtype: str = setting("auto", "precision", choices="auto|float32|bfloat16|float16|float64")
+    attention: str = setting("auto", "attention kernel", choices="auto|triton|cuda|sdpa|plain")
     seed: int = setting(1337, "the same seed gives the same run", 0, 2 ** 64 - 1)
-
-@dataclass
-class Training(Machine, Config):
-    """A run."""
-    data: list = setting(("input.txt",), "files (.txt, .jsonl), folders of .txt files, globs")
-    out: str = setting("out", "folder of the run")
-    steps: int = setting(None, "length (default: the size's, or until the text is seen 5 times)", 1)
-    minutes: float = setting(None, "length, from the start of the command to its end")
-    size: str = setting("auto", "auto: tiny on a CPU, else baby; or one of GPT-2's", choices=
-                        "auto tiny baby gpt2 gpt2-medium gpt2-large gpt2-xl")
-    tokenizer: str = setting("char", "bpe is learnt from the data", choices="char bpe gpt2")
-    arch: str = setting("qwen3", "architecture", choices="bigram gpt2 llama qwen3")
-    init: str = setting("", "fine-tune: a checkpoint, a run's or a Hugging Face folder, gpt2, ...")
-    resume: bool = setting(False, "go on where the run in out stopped")
-    overwrite: bool = setting(False, "replace the run in out")
-    batch_size: int = setting(8, "sequences per forward pass and process", 1)
-    accum: int = setting(1, "forward passes per step", 1)
-    lr: float = setting(3e-3, "AdamW's peak learning rate; Muon's is 10 times that; init: a tenth")
-    optimizer: str = setting("muon", "muon is for the blocks' matrices", choices="muon adamw")
-    momentum: float = setting(0.9, "Muon's: what a step keeps of earlier gradients", 0, 0.999)
-    weight_decay: float = setting(0.1, "how much of a matrix a step takes away, times the rate")
-    grad_clip: float = setting(1.0, "longest gradient (2-norm) that a step follows; 0 is off")
-    warmup: int = setting(0, "steps over which the learning rate rises")
-    eval_every: int = setting(None, "steps between looks: evaluation, log, probe, checkpoint", 1)
-    probe: str = setting(None, "a text to watch the model read (default: a line; '': none)")
-    compile: str = setting("auto", "torch.compile; auto: on CUDA", choices="auto on off")
-    checkpoint_activations: bool = setting(False, "recompute activations: slower, less memory")
-
-    @classmethod
-    def complete(cls, given):
-        """What was given beats size, which beats arch, which beats the defaults above."""
-        arch, size = given.get("arch", cls.arch), given.get("size", "auto")
-        if size == "auto":
-            cpu = pick_device(given.get("device", "auto")).type == "cpu"
-            size = "tiny" if cpu or arch == "bigram" else "baby"
-        settings = ARCHS[arch] | SIZES[size] | given | {"size": size}
-        heads = settings.get("n_head", cls.n_head)
-        if arch in ("llama", "qwen3") and heads % 2 == 0:
-            settings.setdefault("n_kv_head", heads // 2)
-        return settings
 
 ARCHS = {
     "bigram": dict(n_layer=0, pos="none"),  # what follows what: embedding times head is the table
     "gpt2": dict(pos="learned", norm="layer", mlp="gelu", qk_norm=False, bias=True, tie=True,
                  norm_eps=1e-5),
     "llama": dict(qk_norm=False),
-    "qwen3": dict(),
-}
+    "qwen3": {}}
 GPT2_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024),  # layers, heads, channels
               "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 SIZES = {
-    "tiny": dict(),
-    "baby": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64,
-                 warmup=50),
+    "tiny": {},
+    "baby": dict(n_layer=6, n_head=6, n_embd=384, dropout=0.2, batch_size=64, warmup=50),
     **{name: dict(n_layer=layers, n_head=heads, n_embd=channels, block_size=1024, accum=32,
                   batch_size=16, warmup=200, lr=2e-3, momentum=0.95)
        for name, (layers, heads, channels) in GPT2_SIZES.items()}}
 STEPS = {"tiny": 1900, "baby": 2500}  # if neither steps nor minutes are given; else 20,000
+
+@dataclass
+class Training(Machine, Config):
+    """A run."""
+    data: list = setting("input.txt", "files (.txt, .jsonl), folders of .txt files, globs")
+    out: str = setting("out", "folder of the run")
+    steps: int = setting(None, "length (default: the size's, or until the text is seen 5 times)", 1)
+    minutes: float = setting(None, "length, from the start of the command to its end")
+    size: str = setting("auto", "auto: tiny on a CPU, else baby", choices="auto|" + "|".join(SIZES))
+    tokenizer: str = setting("char", "bpe is learnt from the data", choices="char|bpe|gpt2")
+    arch: str = setting("qwen3", "architecture", choices="|".join(ARCHS))
+    init: str = setting("", "fine-tune: a checkpoint, a run's or a Hugging Face folder, gpt2, ...")
+    resume: bool = setting(False, "go on where the run in out stopped")
+    overwrite: bool = setting(False, "replace the run in out")
+    batch_size: int = setting(8, "sequences per forward pass and process", 1)
+    accum: int = setting(1, "forward passes per step", 1)
+    lr: float = setting(3e-3, "AdamW's peak learning rate; Muon's is 10 times that; init: a tenth")
+    optimizer: str = setting("muon", "muon is for the blocks' matrices", choices="muon|adamw")
+    momentum: float = setting(0.9, "Muon's: what a step keeps of earlier gradients", 0, 0.999)
+    weight_decay: float = setting(0.1, "how much of a matrix a step takes away, times the rate")
+    grad_clip: float = setting(1.0, "longest gradient (2-norm) that a step follows; 0 is off")
+    warmup: int = setting(0, "steps over which the learning rate rises")
+    eval_every: int = setting(None, "steps between looks: evaluation, log, probe, checkpoint", 1)
+    probe: str = setting(None, "a text to watch the model read (default: a line; '': none)")
+    compile: str = setting("auto", "torch.compile; auto: on CUDA", choices="auto|on|off")
+    checkpoint_activations: bool = setting(False, "recompute activations: slower, less memory")
+
+    @classmethod
+    def make(cls, given):
+        """What was given beats size, which beats arch, which beats the defaults above."""
+        arch, size = given.get("arch", cls.arch), given.get("size", "auto")
+        if size == "auto":
+            cpu = pick_device(given.get("device", "auto")).type == "cpu"
+            size = "tiny" if cpu or arch == "bigram" else "baby"
+        presets = ARCHS.get(arch, {}) | SIZES.get(size, {})
+        s = super().make(presets | given | {"size": size})
+        if arch in ("llama", "qwen3") and "n_kv_head" not in given and s.n_head % 2 == 0:
+            s.n_kv_head = s.n_head // 2
+        s.given = {name: getattr(s, name) for name in given}
+        return s
 
 # --- Tokenizers ----------------------------------------------------------------------------------
 # A model reads whole numbers. A tokenizer is a list of byte strings, one a number, and a way to
@@ -259,13 +244,12 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts, vocab_size):
-        return cls(set().union(*texts))
+        return cls(itertools.chain.from_iterable(map(set, texts)))
 
     def encode(self, text, special=False):
-        if not text:
-            return self.ids[:0]
-        ids = self.ids[torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)]
-        if ids.min() < 0:
+        codes = torch.frombuffer(bytearray(text.encode("utf-32")), dtype=torch.int32)
+        ids = self.ids.index_select(0, codes[1:])  # the first is the byte order mark
+        if (ids < 0).any():
             unknown = " ".join(repr(c) for c in dict.fromkeys(text) if c not in self.chars)
             raise Error(f"the text has characters that this model has never seen: {unknown:.100} "
                         "(a model trained with --tokenizer bpe reads any text)")
@@ -281,46 +265,44 @@ class BPETokenizer(Tokenizer):
         self.tokens = [t.encode("latin-1") if isinstance(t, str) else t for t in tokens]
         self.eot = len(tokens) - 1
         self.ends, self.first = {self.eot}, [self.eot]
-        self.ranks = {token: i for i, token in enumerate(self.tokens[:-1])}
+        self.ranks = ranks = {token: i for i, token in enumerate(self.tokens[:-1])}
         import tiktoken
-        self.encoding = tiktoken.Encoding(
-            "gpt.py", pat_str=GPT2_PATTERN, mergeable_ranks=self.ranks,
-            special_tokens={"<|endoftext|>": self.eot})
+        self.encoding = tiktoken.Encoding("gpt.py", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
+                                          special_tokens={"<|endoftext|>": self.eot})
 
     @classmethod
     def train(cls, texts, vocab_size):
         """Learn merges: join the commonest pair of neighbouring tokens, and again.
         `BPETokenizer.train(["aaa aaa"], 259).tokens[256:] == [b"aa", b"aaa", b"<|endoftext|>"]`"""
         import regex  # comes with tiktoken
-        vocab_size = vocab_size or 1024
-        if vocab_size < 257:
+        if 0 < vocab_size < 257:
             raise Error(f"vocab_size {vocab_size}: bpe needs 256 bytes and the end of text")
         tokens = [bytes([i]) for i in range(256)]
         words, pairs = Counter(), Counter()  # how often they occur; chr(i) stands for tokens[i]
-        for text in itertools.islice(texts, 16):  # two million characters tell enough
-            for word, n in Counter(regex.findall(GPT2_PATTERN, text)).items():
-                for part in re.findall("(?s).{1,64}", word.encode().decode("latin-1")):
-                    words[part] += n
+        read = 0
 
         def count(word, n):
+            words[word] += n
             for a, b in zip(word, word[1:]):
                 pairs[a + b] += n
 
-        for word, n in words.items():
-            count(word, n)
-        while len(tokens) < vocab_size - 1 and pairs:
-            pair = max(pairs, key=pairs.get)
+        for text in texts:
+            for word, n in Counter(regex.findall(GPT2_PATTERN, text)).items():
+                for part in re.findall("(?s).{1,64}", word.encode().decode("latin-1")):
+                    count(part, n)
+            read += len(text)
+            if read >= 1 << 21:  # two million characters tell enough
+                break
+        for i in range(256, (vocab_size or 1024) - 1):
+            pair = max(pairs, key=pairs.get, default="")
             if pairs[pair] < 1:
                 break
-            joined = chr(len(tokens))
             tokens.append(b"".join(tokens[ord(c)] for c in pair))
             for word in [word for word in words if pair in word]:  # merges stay within words
-                n = words.pop(word)
+                n = words[word]
+                count(word.replace(pair, chr(i)), n)
                 count(word, -n)
-                word = word.replace(pair, joined)
-                words[word] = n
-                count(word, n)
-            del pairs[pair]
+                del words[word]
         return cls(tokens + [b"<|endoftext|>"])
 
     def encode(self, text, special=False):
@@ -337,11 +319,11 @@ class GPT2Tokenizer(BPETokenizer):
     def train(cls, texts, vocab_size):
         import tiktoken
         try:
-            ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
+            theirs = tiktoken.get_encoding("gpt2")
         except OSError:
             raise Error("the tokens of gpt2 could not be downloaded; TIKTOKEN_CACHE_DIR may name "
                         "a folder that has them") from None
-        return cls(sorted(ranks, key=ranks.get) + [b"<|endoftext|>"])
+        return cls([theirs.decode_single_token_bytes(i) for i in range(theirs.n_vocab)])
 
 TOKENIZERS = {"char": CharTokenizer, "bpe": BPETokenizer, "gpt2": GPT2Tokenizer}
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -356,16 +338,13 @@ def tokenizer_from(state):
 # compared with one vector per token of the vocabulary, the rows of the head: the larger the
 # product, the likelier that token comes next.
 
-def causal_mask(TQ, TK, like):
-    """0 where query i may see key j, else -inf. The queries are the last TQ of TK positions."""
-    return like.new_full((TQ, TK), -math.inf).triu(TK - TQ + 1)
-
 def attention(q, k, v):
     """softmax(q k^T / sqrt(D) + mask) v: the definition, which faster ones are checked against.
-    q (B, TQ, H, D); k, v (B, TK, H_kv, D), where H / H_kv query heads share a key head. With as
-    many key heads, and the heads in front, (B, H, T, D), this is
+    q (B, TQ, H, D), of the last TQ positions; k, v (B, TK, H_kv, D), where H / H_kv query heads
+    share a key head. With as many key heads, and the heads in front, (B, H, T, D), this is
 
-        scores = q @ k.mT * D ** -0.5 + causal_mask(TQ, TK, q)
+        mask = torch.full((TQ, TK), -math.inf).triu(TK - TQ + 1)  # -inf hides a later key
+        scores = q @ k.mT * D ** -0.5 + mask
         return scores.softmax(dim=-1) @ v
 
     Here the queries that share a key head stand below each other in one matrix."""
@@ -373,7 +352,7 @@ def attention(q, k, v):
     TK, H_kv = k.shape[1:3]
     q = q.unflatten(2, (H_kv, H // H_kv)).permute(0, 2, 3, 1, 4).reshape(B * H_kv, -1, D)
     k, v = k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1)  # (B H_kv, TK, D)
-    mask = causal_mask(TQ, TK, q).repeat(H // H_kv, 1)
+    mask = q.new_full((TQ, TK), -math.inf).triu(TK - TQ + 1).repeat(H // H_kv, 1)
     scores = torch.baddbmm(mask, q, k.mT, alpha=D ** -0.5)  # (B H_kv, H / H_kv TQ, TK)
     out = scores.softmax(dim=-1) @ v
     return out.view(B, H, TQ, -1).transpose(1, 2)  # (B, TQ, H, D)
@@ -381,12 +360,12 @@ def attention(q, k, v):
 def torch_attention(q, k, v):
     """The same by torch's own kernels, for where kernels.py is not."""
     TQ, TK, groups = q.size(1), k.size(1), q.size(2) // k.size(2)
+    if 1 < TQ < TK:  # neither training nor sampling has it, nor torch's fast kernels
+        return attention(q, k, v)
     if groups > 1:
         k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
-    mask = causal_mask(TQ, TK, q) if 1 < TQ < TK else None
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=TQ == TK)
-    return y.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=TQ == TK).transpose(1, 2)
 
 def choose_attention(model, impl, dtype, batch_size=1):
     """Let the blocks use the attention that suits this machine, or `impl` -> what it is, and why.
@@ -440,8 +419,8 @@ class Attention(nn.Module):
         self.k = nn.Linear(C, H_kv * D, bias=config.bias)
         self.v = nn.Linear(C, H_kv * D, bias=config.bias)
         self.out = nn.Linear(H * D, C, bias=config.bias)
-        self.q_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
+        norm = nn.RMSNorm if config.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = norm(D, config.norm_eps), norm(D, config.norm_eps)
         self.attend = attention  # `choose_attention` may put a faster one in its place
 
     def forward(self, x, rope, cache):
@@ -494,8 +473,7 @@ class KVCache:
     def append(self, layer, k, v):
         """Keep k and v (B, T, H_kv, D) of new tokens -> those of all tokens of this layer."""
         stop = self.length + k.size(1)
-        self.kv[layer, 0, :, self.length:stop] = k
-        self.kv[layer, 1, :, self.length:stop] = v
+        self.kv[layer, :, :, self.length:stop] = torch.stack((k, v))
         return self.kv[layer, :, :, :stop].to(k.dtype)  # under autocast the cache is wider
 
 def next_token_loss(x, weight, targets):
@@ -505,9 +483,7 @@ def next_token_loss(x, weight, targets):
     x, targets = x.flatten(0, 1), targets.flatten()
     if not NO_KERNELS:
         return kernels.linear_cross_entropy(x, weight, targets)  # never holds all logits
-    logits = F.linear(x, weight)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(logits, targets, ignore_index=-1)
+    return F.cross_entropy(F.linear(x, weight), targets, ignore_index=-1)
 
 class GPT(nn.Module):
     """Ids (B, T) to logits over the next token (B, T, V), or with targets (B, T) to the loss."""
@@ -524,10 +500,9 @@ class GPT(nn.Module):
             self.head.weight = self.embed.weight
         if c.pos == "rope":
             frequencies = c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
-            angles = torch.outer(torch.arange(c.block_size), frequencies)[:, None]
-            cos, sin = angles.cos(), angles.sin()  # (T, 1, D / 2)
-            self.register_buffer("cos", torch.cat((cos, cos), dim=-1), persistent=False)
-            self.register_buffer("sin", torch.cat((-sin, sin), dim=-1), persistent=False)
+            frequencies = torch.cat((-frequencies, frequencies))  # turns sin's sign, not cos's
+            angles = torch.outer(torch.arange(c.block_size), frequencies)[:, None]  # (T, 1, D)
+            self.register_buffer("rope", torch.stack((angles.cos(), angles.sin())), False)
         self.checkpoint_activations = False  # how to train is the run's to say, not the shape's
         self.init_weights()
 
@@ -544,11 +519,9 @@ class GPT(nn.Module):
         nn.init.normal_(self.embed.weight, std=0.02 if c.tie else 0.5)
         if self.positions is not None:
             nn.init.normal_(self.positions.weight, std=0.02)
-        for block in self.blocks:
-            for output in (block.attn.out, block.mlp.down):
-                output.weight.mul_((2 * c.n_layer) ** -0.5 if c.tie else 0.0)
-        if not c.tie:
-            nn.init.zeros_(self.head.weight)
+        outputs = [linear for block in self.blocks for linear in (block.attn.out, block.mlp.down)]
+        for output in outputs if c.tie else [*outputs, self.head]:
+            output.weight.mul_(len(outputs) ** -0.5 if c.tie else 0.0)
 
     def forward(self, idx, targets=None, cache=None, last=False):
         """With a cache, idx are the tokens after those that it holds. `last`: (B, 1, V) logits."""
@@ -558,7 +531,7 @@ class GPT(nn.Module):
         if self.positions is not None:
             x = x + self.positions.weight[start:stop]
         x = self.dropout(x)
-        rope = (self.cos[start:stop], self.sin[start:stop]) if self.config.pos == "rope" else None
+        rope = self.rope[:, start:stop] if self.config.pos == "rope" else None
         for block in self.blocks:
             if self.checkpoint_activations and self.training:
                 x = torch.utils.checkpoint.checkpoint(block, x, rope, use_reentrant=False)
@@ -577,8 +550,9 @@ def count_parameters(model):
 # Text is read in pieces, cut into tokens once, and kept on disk as one long row of whole numbers.
 # A step of training looks at windows of it here and there, an evaluation goes through them all.
 
-SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
-               "input.txt", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
+SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/"
+               "data/tinyshakespeare/input.txt")
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 def cache_folder():
     """Where tokens and downloads are kept."""
@@ -598,15 +572,14 @@ def download(url, path, sha256=None):
 def find_files(name):
     """The files that one name in `data` stands for: a file's, a glob's, a folder's visible .txt."""
     path = os.path.expanduser(name)
-    inside = os.path.join(glob.escape(path), "**", "*.[tT][xX][tT]")
-    pattern = inside if os.path.isdir(path) else path
-    found = [path] if os.path.isfile(path) else sorted(glob.glob(pattern, recursive=True))
+    if os.path.isdir(path):
+        path = os.path.join(glob.escape(path), "**", "*.[tT][xX][tT]")
+    found = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
     found = [Path(p) for p in found if os.path.isfile(p)]
     if not found and name == "input.txt":
         beside = Path(globals().get("__file__", ".")).parent / name
-        url, sha256 = SHAKESPEARE
-        return [beside if beside.is_file()
-                else download(url, cache_folder() / "tinyshakespeare.txt", sha256)]
+        kept = cache_folder() / "tinyshakespeare.txt"
+        return [beside if beside.is_file() else download(SHAKESPEARE, kept, SHAKESPEARE_SHA256)]
     if not found:
         raise Error(f"data {name!r:.100}: no file, no folder with .txt files, no glob of files")
     return found
@@ -615,12 +588,11 @@ def whole_characters(text):
     """The text with halves of surrogate pairs joined, or replaced where they stand alone."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
-WORD_END = re.compile(r"(?s).*[^\W_](?=\s)")  # greedy: the last in a text
-
 def read_pieces(paths, size=1 << 17):
     """The text in pieces, and None before each document: a file, or a line of a .jsonl. A file is
     cut about every `size` characters, between a letter or digit and the white space after it,
     where no tokenizer joins anything; where there is no such place, anywhere."""
+    piece = re.compile(rf"(?s).*[^\W_](?=\s)|.{{1,{size}}}")  # greedy: to the last such place
     for path in paths:
         try:
             with open(path, encoding="utf-8-sig", newline="") as file:
@@ -629,13 +601,10 @@ def read_pieces(paths, size=1 << 17):
                     continue
                 yield None
                 rest = ""
-                while block := file.read(size):
-                    rest += block
-                    end = WORD_END.match(rest)
-                    cut = end.end() if end else size
-                    yield rest[:cut]
-                    rest = rest[cut:]
-                yield rest
+                while text := rest + file.read(size):
+                    cut = piece.match(text).end()
+                    yield text[:cut]
+                    rest = text[cut:]
         except UnicodeDecodeError:
             raise Error(f"{path}: not UTF-8 text") from None
 
@@ -658,8 +627,7 @@ def load_tokens(data, tokenizer="char", vocab_size=0):
     about, binary = cache_folder() / f"{key}.json", cache_folder() / f"{key}.bin"
     if not (about.exists() and binary.exists()):
         if isinstance(tokenizer, str):
-            texts = (text for text in read_pieces(paths) if text)
-            tokenizer = TOKENIZERS[tokenizer].train(texts, vocab_size)
+            tokenizer = TOKENIZERS[tokenizer].train(filter(None, read_pieces(paths)), vocab_size)
         write_tokens(paths, tokenizer, binary, about)
     known = json.loads(about.read_text("utf-8"))
     tokenizer = tokenizer_from(known["tokenizer"])
@@ -712,7 +680,7 @@ def estimate_loss(model, ids, stride=None, batch_size=32, limit=None):
     before it has not. `limit`: look at about so many tokens, in windows that lie evenly."""
     T = min(model.config.block_size, len(ids) - 1)
     stride = min(stride or T, T)
-    starts = torch.arange(0, max(1, len(ids) - 1 - T + stride), stride)
+    starts = torch.arange(0, len(ids) - 1 - T + stride, stride)
     if limit and len(starts) > max(1, limit // T):
         starts = starts[torch.linspace(0, len(starts) - 1, max(1, limit // T)).long()]
     device, training, total, counted = next(model.parameters()).device, model.training, 0.0, 0
@@ -736,17 +704,13 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al., 2024, kellerjordan.github.io/posts/muon): for a
     matrix with singular values S in U S V^T, step along U V^T, which moves all its directions
     equally. Matrices of one shape are stacked and go through it together."""
-    def __init__(self, params, lr, momentum, weight_decay):
-        super().__init__(params, dict(lr=lr, peak=lr, momentum=momentum, weight_decay=weight_decay))
-
     @torch.no_grad()
     def step(self):
-        group, shapes = self.param_groups[0], defaultdict(list)
-        for p in group["params"]:
-            shapes[p.shape].append(p)
-        for (rows, columns), params in shapes.items():
-            grad, state = torch.stack([p.grad for p in params]), self.state[params[0]]
-            momentum = state.setdefault("momentum", torch.zeros_like(grad))
+        group = self.param_groups[0]
+        for rows, columns in {p.shape for p in group["params"]}:
+            params = [p for p in group["params"] if p.shape == (rows, columns)]
+            grad = torch.stack([p.grad for p in params])
+            momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(grad))
             momentum.lerp_(grad, 1 - group["momentum"])
             nesterov = grad.lerp(momentum, group["momentum"])
             update = orthogonalise(nesterov).to(grad.dtype)
@@ -770,14 +734,14 @@ def orthogonalise(x, steps=5):
 
 def make_optimizers(model, s):
     """Muon for the blocks' matrices, AdamW for embeddings, head and vectors; or AdamW for all."""
-    muon = s.optimizer == "muon" and len(model.blocks) > 0
-    hidden = [p for p in model.blocks.parameters() if p.dim() == 2] if muon else []
+    hidden = [p for p in model.blocks.parameters() if p.dim() == 2 and s.optimizer == "muon"]
     rest = [p for p in model.parameters() if all(p is not h for h in hidden)]
     groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": s.weight_decay},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
-    betas, fused = (0.8 if muon else 0.9, 0.95), rest[0].device.type != "mps"
-    adamw = torch.optim.AdamW([g | {"peak": s.lr} for g in groups], s.lr, betas, fused=fused)
-    return [adamw, Muon(hidden, 10 * s.lr, s.momentum, s.weight_decay)] if muon else [adamw]
+    betas, fused = (0.8 if hidden else 0.9, 0.95), rest[0].device.type != "mps"
+    adamw = torch.optim.AdamW(groups, s.lr, betas, fused=fused)
+    how = dict(lr=10 * s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
+    return [adamw, Muon(hidden, how)] if hidden else [adamw]
 
 def lr_share(step, progress, warmup):
     """The learning rate as a share of its peak: up over `warmup` steps, then in a line to zero."""
@@ -820,40 +784,32 @@ def interruptible():
         received.append(number)
         signal.signal(number, before[number])
 
-    if threading.current_thread() is threading.main_thread():
-        for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:
-            number = getattr(signal, name)
-            if signal.getsignal(number) not in (None, signal.SIG_IGN):  # a C host's; nohup's
-                before[number] = signal.signal(number, stop)
-    try:
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ValueError):  # Python takes handlers from its main thread alone
+            for number in signal.valid_signals() & {1, 2, 15}:  # SIGHUP, SIGINT, SIGTERM
+                if signal.getsignal(number) not in (None, signal.SIG_IGN):  # a C host's; nohup's
+                    before[number] = signal.signal(number, stop)
+                    stack.callback(signal.signal, number, before[number])
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
-@contextlib.contextmanager
-def processes(device):
-    """Join the other processes that torchrun started -> (rank, how many). Only the first speaks."""
+def join_processes(device, stack):
+    """Join the others that torchrun started, until the stack closes -> (rank, how many there are).
+    Only the first speaks."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        yield 0, 1
-        return
-    if "MASTER_ADDR" not in os.environ:
+    if world > 1 and "MASTER_ADDR" not in os.environ:
         raise Error("WORLD_SIZE is set without MASTER_ADDR: unset it, or use torchrun")
-    import torch.distributed.nn  # later it would hold the group, and its threads, to the end
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
-    try:
-        with contextlib.redirect_stdout(io.StringIO() if rank else sys.stdout):
-            yield rank, world
-        dist.barrier()  # nobody leaves before the first process has saved
-    finally:
-        dist.destroy_process_group()
+    if world > 1:
+        import torch.distributed.nn  # later it would hold the group, and its threads, to the end
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))
+        stack.callback(dist.destroy_process_group)
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO() if rank else sys.stdout))
+    return rank, world
 
 MAY_CHANGE = {"out", "resume", "data", "steps", "minutes", "device", "dtype", "attention",
               "compile", "checkpoint_activations", "eval_every", "probe"}  # when a run goes on
-LOOKS = 20  # at even distances in a run, besides those at steps 0, 1, 2, 4, 8, ...
 
 @command(Training, "train")
 def train(s):
@@ -867,21 +823,24 @@ def train(s):
         libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
     if s.dtype == "auto":  # TF32 on a GPU; oneDNN on a CPU, float32 there too unless it has AMX
         torch.set_float32_matmul_precision("medium" if device.type == "cpu" else "high")
-    with interruptible() as signals, processes(device) as (rank, world):
-        model = tokenizer = checkpoint = None
+    with interruptible() as signals, contextlib.ExitStack() as stack:
+        rank, world = join_processes(device, stack)
+        old = tokenizer = checkpoint = None
         if s.resume:
             checkpoint = read_checkpoint(path)
-            model, tokenizer = load_model(path)
-            length = {"steps": None, "minutes": None} if {"steps", "minutes"} & {*s.given} else {}
-            s = inherit(s, asdict(model.config) | length, MAY_CHANGE)
+            old, tokenizer = load_model(path)
+            settings = asdict(old.config) | {"out": s.out}
+            if {"steps", "minutes"} & s.given.keys():
+                settings |= {"steps": None, "minutes": None}
+            s = inherit(s, settings, MAY_CHANGE)
         elif (path.exists() or path.with_name("best.pt").exists()) and not s.overwrite:
             raise Error(f"{s.out} holds a run: --resume goes on with it, --out OTHER starts "
                         "another beside it, --overwrite replaces it")
         elif s.init:
-            model, tokenizer = load_model(s.init)
+            old, tokenizer = load_model(s.init)
             if tokenizer and "tokenizer" in s.given:
                 raise Error("tokenizer: the model that init names brings its own")
-            shape = {f.name: getattr(model.config, f.name) for f in fields(Config)}
+            shape = {f.name: getattr(old.config, f.name) for f in fields(Config)}
             s = inherit(s, shape | {"dropout": 0.0, "lr": s.lr / 10}, {"dropout", "lr"})
         if rank:  # the first process tokenises; the others wait, and find it done
             dist.barrier()
@@ -892,12 +851,10 @@ def train(s):
             raise Error(f"{', '.join(s.data):.100} is not the text of the run in {s.out}")
         fit_to_text(s, text, world)
         torch.manual_seed(s.seed)
-        new = GPT(s)
-        if model:
-            new.load_state_dict(model.state_dict())
-        run = Run(s, new, text, device, rank, world, signals)
-        run.restore(checkpoint)
-        return run.loop()
+        model = GPT(s)
+        if old:
+            model.load_state_dict(old.state_dict())
+        return Run(s, model, text, device, rank, world, signals, checkpoint).loop()
 
 def inherit(s, settings, may_change):
     """The settings of a model or a run, of which only some may have been given otherwise."""
@@ -922,88 +879,76 @@ def fit_to_text(s, text, world):
 
 class Run:
     """A training run. `loop` says what it does, the other methods how."""
-    def __init__(self, s, model, text, device, rank, world, signals):
-        self.s, self.out, self.text, self.tokenizer = s, Path(s.out), text, text.tokenizer
+    def __init__(self, s, model, text, device, rank, world, signals, checkpoint):
+        self.s, self.model, self.text, self.out = s, model, text, Path(s.out)
         self.device, self.rank, self.world, self.signals = device, rank, world, signals
         self.train_ids, self.val_ids = split(text.ids)
+        self.line = probe_line(s.probe, text.tokenizer, self.val_ids, s.block_size)
         self.tokens_per_step = s.batch_size * s.accum * world * s.block_size
         self.dtype = pick_dtype(s.dtype, device)
-        self.model = model.train()
-        self.model.to(device, torch.float64 if self.dtype == torch.float64 else torch.float32)
-        self.model.checkpoint_activations = s.checkpoint_activations
-        self.attention = choose_attention(model, s.attention, self.dtype, s.batch_size)
-        self.forward = self.eval_model = self.model  # one may be compiled, the other averaged
-        self.optimizers = make_optimizers(self.model, s)
+        model.to(device, torch.float64 if self.dtype == torch.float64 else torch.float32)
+        model.checkpoint_activations = s.checkpoint_activations
+        attention = choose_attention(model, s.attention, self.dtype, s.batch_size)
+        self.forward = self.eval_model = model  # one may be compiled, the other averaged
+        self.optimizers = make_optimizers(model, s)
         # float16 loses small gradients: the loss is multiplied before the backward pass
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.step, self.best, self.val_loss = 0, math.inf, math.nan
-        self.last = {"train_loss": None, "lr": 0.0, "grad_norm": None}
-        self.progress, self.skipped, self.looked_step, self.longest = 0.0, 0, -1, 0.0
+        self.step, self.looked_step, self.best = 0, -1, math.inf
+        self.last = {"train_loss": None, "lr": 0.0, "grad_norm": None, "val_loss": math.nan}
+        self.progress, self.longest, self.skipped = 0.0, 0.0, 0
         self.began = self.looked = self.saved = vars(train).pop("started", None) or time.monotonic()
-        if s.compile == "on" or s.compile == "auto" and device.type == "cuda":
-            self.compile()
-
-    def compile(self):
-        """Compile the model, by a pass like those of training; where that fails, go on without."""
-        rows = get_batch(self.train_ids, self.s.block_size, (1, 1, self.s.batch_size), 0, 0, 0)
-        self.forward = torch.compile(self.model)
-        try:
-            self.backward(rows)
-        except Exception as e:  # a compiler may fail in any way
-            notice(f"torch.compile does not work here ({first_line(e)}); going on without")
-            self.forward = self.model
-        self.model.zero_grad()
-
-    def restore(self, checkpoint):
-        """Put back what a checkpoint holds besides the weights; say what will happen."""
-        s, text, model = self.s, self.text, self.model
         if checkpoint:
             for optimizer, state in zip(self.optimizers, checkpoint["optimizer"]):
                 optimizer.load_state_dict(state)
-            if checkpoint["scaler"]:  # one that was not in use has nothing
-                self.scaler.load_state_dict(checkpoint["scaler"])
+            self.scaler.load_state_dict(checkpoint["scaler"] or self.scaler.state_dict())
             self.step = self.looked_step = checkpoint["step"]
-            self.best, self.val_loss = checkpoint["best"], checkpoint["val_loss"]
+            self.best, self.last["val_loss"] = checkpoint["best"], checkpoint["val_loss"]
             self.began -= checkpoint["seconds"]
-        self.line = probe_line(s.probe, self.tokenizer, self.val_ids, s.block_size)
+        if s.compile == "on" or s.compile == "auto" and device.type == "cuda":
+            self.forward = torch.compile(model)
+            try:  # a pass like those of training
+                self.backward(self.train_ids[:s.block_size + 1].long().expand(s.batch_size, -1))
+            except Exception as e:  # a compiler may fail in any way
+                notice(f"torch.compile does not work here ({first_line(e)}); going on without")
+                self.forward = model
+            model.zero_grad()
         times = (s.steps or 0) * self.tokens_per_step / len(self.train_ids)
         seen = f", {times:.2g} times in {s.steps:,} steps" if times else ""
-        say(f"{self.device}, {str(self.dtype)[6:]}, {self.attention}; {count_parameters(model):,} "
+        say(f"{device}, {str(self.dtype)[6:]}, {attention}; {count_parameters(model):,} "
             f"parameters, {s.vocab_size:,} tokens in the vocabulary\n{', '.join(s.data):.60}: "
             f"{text.text_bytes / 1e6:,.2f} MB in {text.files} file{'s' * (text.files > 1)}, "
             f"{len(text.ids):,} tokens, of which nine tenths train{seen}")
 
     def loop(self):
+        """Step by step; look when it is due; until all is done or a signal came -> the metrics."""
         if self.rank == 0:
             clean_folder(self.out, self.looked_step)
         while True:
             before, (self.progress, stop) = self.progress, self.agree()
             done = self.progress >= 1
-            due = (done or self.due(before)) and self.looked_step < self.step
+            due = self.looked_step < self.step and (done or self.due(before))
             begun = time.monotonic()
             try:
                 if self.rank == 0 and due:
                     self.look()
-                if self.rank == 0 and (due or stop or time.monotonic() - self.saved > 300):
+                elif self.rank == 0 and (stop or begun - self.saved > 300):
                     self.save("ckpt.pt")
             except (Error, OSError) as e:  # a full disk, above all
                 if done or stop:
                     raise
                 notice(f"{e}; training goes on")
-            if due:
-                self.looked = time.monotonic()
-                self.longest = max(self.longest, self.looked - begun)
+            self.longest = max(self.longest, time.monotonic() - begun)
             if done or stop:
                 return self.finish(stop)
             self.train_step()
 
     def agree(self):
-        """-> (share of the run that is behind us, signal or 0): the first process's word."""
+        """-> (share of the run that is behind us, signal or 0), the same in all processes."""
         left = 60 * (self.s.minutes or 0) - 1.5 * self.longest - 0.3  # the end takes its time
         progress = self.step / self.s.steps if self.s.steps else self.seconds() / max(1e-9, left)
         stop = self.signals[0] if self.signals else 0
         if self.world > 1:
-            both = torch.tensor([progress * (self.rank == 0), stop], device=self.device).double()
+            both = torch.tensor([progress, stop], dtype=torch.float64, device=self.device)
             dist.all_reduce(both, dist.ReduceOp.MAX)
             progress, stop = both.tolist()
         return progress, int(stop)
@@ -1014,7 +959,7 @@ class Run:
             return self.step % self.s.eval_every == 0
         if self.s.minutes and time.monotonic() - self.looked < 5 * self.longest:
             return False
-        even = int(LOOKS * self.progress + 1e-9) > int(LOOKS * before + 1e-9)
+        even = int(20 * self.progress + 1e-9) > int(20 * before + 1e-9)  # twenty times in all
         return even or self.step & (self.step - 1) == 0  # 0, 1, 2, 4, 8, ...
 
     def seconds(self):
@@ -1024,9 +969,6 @@ class Run:
         """The gradient of the loss over batch_size x accum x processes windows, then a step. All
         chance in it comes from (seed, step, rank): a run that goes on repeats it exactly."""
         s, rate = self.s, lr_share(self.step, self.progress, self.s.warmup)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate
         torch.manual_seed((s.seed + 7919 * self.step + 104_729 * self.rank) % 2 ** 64)  # dropout's
         shape = s.accum, self.world, s.batch_size
         windows = get_batch(self.train_ids, s.block_size, shape, self.rank, s.seed, self.step)
@@ -1043,12 +985,13 @@ class Run:
             raise Failure("20 steps in a row had no finite loss and gradient: try a lower lr, a "
                           "longer warmup or dtype float32; the checkpoint is from before")
         for optimizer in self.optimizers if not self.skipped else ():  # both step, or neither
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group.setdefault("peak", group["lr"])
             optimizer.step()
-        if self.scaler.is_enabled():
-            self.scaler.update()
+        self.scaler.update()
         self.model.zero_grad()
         self.step += 1
-        self.last = {"train_loss": loss, "lr": s.lr * rate, "grad_norm": norm}
+        self.last |= {"train_loss": loss, "lr": s.lr * rate, "grad_norm": norm}
 
     def backward(self, windows):
         """Add up the gradient of the mean loss over windows (rows, T + 1) -> that loss."""
@@ -1062,54 +1005,55 @@ class Run:
         return total
 
     def look(self):
-        """Evaluate, over windows that are always the same; keep the best; log; read the line."""
-        s, device, ids = self.s, self.device, self.val_ids
-        steps = self.step - max(0, self.looked_step)
+        """Evaluate, over windows that are always the same; log; read the line; save."""
+        s, steps = self.s, self.step - max(0, self.looked_step)
         speed = steps * self.tokens_per_step / (time.monotonic() - self.looked)
         run_tokens = s.steps * self.tokens_per_step if s.steps else 1 << 22
-        most = 1 << (15 if device.type == "cpu" else 18)
+        most = 1 << (15 if self.device.type == "cpu" else 18)
         limit = max(8 * s.block_size, min(run_tokens // 600, most))
-        with precision(device, self.dtype):
-            self.val_loss, _ = estimate_loss(self.eval_model, ids, None, s.batch_size, limit)
-        if self.step and self.val_loss < self.best:
-            self.best = self.val_loss
+        with precision(self.device, self.dtype):
+            loss, _ = estimate_loss(self.eval_model, self.val_ids, None, s.batch_size, limit)
+        self.last["val_loss"] = loss
+        if self.step and loss < self.best:
+            self.best = loss
             self.save("best.pt")
         append_line(self.out / "log.jsonl", {
             "step": self.step, "tokens": self.step * self.tokens_per_step,
-            "seconds": self.seconds(), **self.last, "val_loss": self.val_loss,
-            "tokens_per_second": speed, "memory_mb": torch.cuda.max_memory_allocated() / 1e6})
+            "seconds": self.seconds(), **self.last, "tokens_per_second": speed,
+            "memory_mb": torch.cuda.max_memory_allocated() / 1e6})
         train_loss = f"train {self.last['train_loss']:.4f}  " if self.step else ""
-        bits = self.val_loss / math.log(2) * len(self.text.ids) / self.text.text_bytes
-        say(f"step {self.step}  {train_loss}val {self.val_loss:.4f} ({bits:.3f} bits per byte)  "
+        bits = loss / math.log(2) * len(self.text.ids) / self.text.text_bytes
+        say(f"step {self.step}  {train_loss}val {loss:.4f} ({bits:.3f} bits per byte)  "
             f"{speed:,.0f} tokens/s  {100 * min(1, self.progress):.0f} % in {self.seconds():.0f} s")
         if s.probe != "":
             record_probe(self)
         self.looked_step = self.step
+        self.save("ckpt.pt")
+        self.looked = time.monotonic()
 
     def save(self, name):
         """best.pt has what other commands need, ckpt.pt also what only training needs."""
-        model = self.model if name == "ckpt.pt" else self.eval_model
-        state = {"format": FORMAT, "model": model.state_dict(), "settings": asdict(self.s),
-                 "tokenizer": self.tokenizer.state(), "step": self.step, "val_loss": self.val_loss,
-                 "data_fingerprint": self.text.fingerprint}
+        state = {"format": FORMAT, "model": self.eval_model.state_dict(), "step": self.step,
+                 "settings": asdict(self.s), "tokenizer": self.text.tokenizer.state(),
+                 "val_loss": self.last["val_loss"], "data_fingerprint": self.text.fingerprint}
         if name == "ckpt.pt":
             self.saved = time.monotonic()
-            state |= {"seconds": self.seconds(), "best": self.best,
-                      "scaler": self.scaler.state_dict(),
-                      "optimizer": [optimizer.state_dict() for optimizer in self.optimizers]}
+            state |= {"model": self.model.state_dict(), "scaler": self.scaler.state_dict(),
+                      "optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
+                      "seconds": self.seconds(), "best": self.best}
         with atomic(self.out / name) as file:
             torch.save(state, file)
 
     def finish(self, stop):
-        if self.val_loss > 1.02 * self.best:
+        self.agree()  # nobody leaves before the first process has saved
+        if self.last["val_loss"] > 1.02 * self.best:
             notice(f"best.pt keeps the lowest validation loss, {self.best:.4f}; after it the model "
                    "learnt by heart: more text, dropout or a smaller model would help")
         if stop:
             notice(f"stopped at step {self.step} and saved; --resume --out '{self.out}' goes on")
         else:
             say(f"{self.out} is complete at step {self.step}, after {self.seconds():.0f} s")
-        return {"step": self.step, **self.last, "val_loss": self.val_loss,
-                "seconds": self.seconds(), "signal": stop}
+        return {"step": self.step, **self.last, "seconds": self.seconds(), "signal": stop}
 
 def clean_folder(out, step):
     """Remove what an overwritten run has left, and what is beyond the step to go on from."""
@@ -1118,7 +1062,8 @@ def clean_folder(out, step):
         (out / name).unlink(missing_ok=True)
     for path in (out / "log.jsonl", out / "probe.jsonl"):
         kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
-        path.write_text("".join(kept), "utf-8")
+        with atomic(path) as file:
+            file.write("".join(kept).encode())
 
 # --- Sampling ------------------------------------------------------------------------------------
 # Ask the model for the distribution of the next token, draw one from it, append it, and ask again.
@@ -1150,14 +1095,12 @@ def sample_next(logits, s, generator):
     if s.temperature < 1e-6:
         return logits.argmax(dim=-1)
     logits = logits / s.temperature
-    if s.top_k:
-        kept, ids = logits.topk(min(s.top_k, logits.size(-1)))
-        logits = torch.full_like(logits, -math.inf).scatter(-1, ids, kept)
-    if s.top_p < 1:
-        probs, ids = logits.softmax(dim=-1).sort(descending=True)
-        out = probs.cumsum(dim=-1) - probs >= s.top_p  # those before a token have p already
-        out[:, 0] = False
-        logits = logits.masked_fill(out.scatter(-1, ids, out), -math.inf)
+    if s.top_k or s.top_p < 1:
+        V = logits.size(-1)
+        ranked, ids = logits.topk(min(s.top_k or V, V))  # the likeliest first
+        before = ranked.softmax(dim=-1).cumsum(dim=-1)[:, :-1]  # what likelier ones have together
+        ranked[:, 1:][before >= s.top_p] = -math.inf
+        logits = torch.full_like(logits, -math.inf).scatter(-1, ids, ranked)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
 
 @torch.inference_mode()
@@ -1166,17 +1109,17 @@ def generate(model, idx, s, generator=None):
     the context full, the newest block_size // 2 become the context, cache or not."""
     generator = generator or torch.Generator().manual_seed(s.seed)
     block_size = model.config.block_size
-    idx = new = idx[:, -block_size:]
+    idx = idx[:, -block_size:]
     cache = KVCache(model, len(idx)) if s.cache else None
     for _ in range(s.tokens):
-        logits = model(new if s.cache else idx, cache=cache, last=True)  # (B, 1, V)
+        new = idx[:, cache.length:] if cache else idx
+        logits = model(new, cache=cache, last=True)  # (B, 1, V)
         ids = sample_next(logits[:, -1], s, generator)
         yield ids
-        new = ids[:, None].to(idx.device)
-        idx = torch.cat((idx, new), dim=1)
+        idx = torch.cat((idx, ids[:, None].to(idx.device)), dim=1)
         if idx.size(1) > block_size:
-            idx = new = idx[:, -max(1, block_size // 2):]
-            if s.cache:
+            idx = idx[:, -max(1, block_size // 2):]
+            if cache:
                 cache.length = 0
 
 def stream_text(tokenizer, ids, stop=""):
@@ -1220,11 +1163,12 @@ def sample(s):
 def read_prompt(prompt):
     """The text that a prompt stands for."""
     if prompt == "-":
-        prompt = sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n")  # echo's
+        text = sys.stdin.buffer.read()
     elif prompt.startswith("@") and not prompt.startswith("@@"):
-        path = Path(prompt[1:]).expanduser()
-        prompt = path.read_bytes().decode("utf-8-sig", "replace").removesuffix("\n")
-    return whole_characters(prompt.removeprefix("@"))
+        text = Path(prompt[1:]).expanduser().read_bytes()
+    else:
+        return whole_characters(prompt.removeprefix("@"))
+    return text.decode("utf-8-sig", "replace").removesuffix("\n")  # echo's, or an editor's
 
 @dataclass
 class Evaluation(Machine, Trained):
@@ -1248,9 +1192,9 @@ def evaluate(s):
     result = {"loss": loss, "perplexity": math.exp(min(loss, 700)),
               "bits_per_byte": loss * counted / math.log(2) / max(1, text_bytes), "tokens": counted,
               "stride": min(s.stride or math.inf, model.config.block_size)}
-    line = ("loss {loss:.4f} nats, perplexity {perplexity:.3f}, {bits_per_byte:.4f} bits per byte "
-            "({tokens:,} tokens, stride {stride})")
-    say(json.dumps(result) if s.json else line.format(**result))
+    say(json.dumps(result) if s.json else
+        "loss {loss:.4f} nats, perplexity {perplexity:.3f}, {bits_per_byte:.4f} bits per byte "
+        "({tokens:,} tokens, stride {stride})".format(**result))
     return result
 
 # --- Checkpoints ---------------------------------------------------------------------------------
@@ -1270,26 +1214,23 @@ def atomic(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # RuntimeError is torch's for a full disk
-        why = getattr(e, "strerror", None) or first_line(e)
-        raise Failure(f"{path} cannot be written: {why}") from None
+        raise Failure(f"{path} cannot be written: {first_line(e)}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 def read_checkpoint(path):
     """A checkpoint as a dict, on the CPU. Its checksums are verified, which torch.load does not."""
+    open(path, "rb").close()  # one that is not there, or not ours to read, says so itself
     try:
         with zipfile.ZipFile(path) as archive:
             if any(item.compress_type for item in archive.infolist()) or archive.testzip():
-                raise ValueError
+                raise ValueError("its checksums are wrong")
         checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
-        written = checkpoint["format"]
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
-        raise
-    except Exception:  # a damaged file may fail in any way
-        raise Error(f"{path}: not a checkpoint of gpt.py, or damaged") from None
-    if written != FORMAT:
-        raise Error(f"{path}: format {written} of another gpt.py, this one reads {FORMAT}")
-    return checkpoint
+        if checkpoint["format"] != FORMAT:
+            raise ValueError(f"format {checkpoint['format']}, this gpt.py reads {FORMAT}")
+        return checkpoint
+    except Exception as e:  # a damaged file may fail in any way
+        raise Error(f"{path}: not a checkpoint of gpt.py, or damaged ({first_line(e)})") from None
 
 def find_run(out):
     """The checkpoint that speaks for a run."""
@@ -1342,11 +1283,9 @@ def append_line(path, line):
 
 def read_lines(path):
     """The objects in a .jsonl file; a line half written when its process died does not count."""
-    lines = []
     for line in path.read_text("utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
-            lines.append(json.loads(line))
-    return lines
+            yield json.loads(line)
 
 # --- Looking inside ------------------------------------------------------------------------------
 # What the model would say next, layer by layer; where its heads look, and what each is worth; when
@@ -1365,22 +1304,19 @@ def logit_lens(model, idx):
 
 @torch.no_grad()
 def attention_maps(model, idx):
-    """Ids (T,) -> where each token's attention goes, (T, T) for each head of each block. It is the
-    model's own: what its attention makes of the identity in the place of v, D columns at a time."""
-    maps, parts = [], [block.attn for block in model.blocks]
-
-    def record(attend, q, k, v):
-        _, T, H_kv, D = k.shape
-        identity = torch.eye(T, -(-T // D) * D).to(v)[None, :, None].expand(-1, -1, H_kv, -1)
-        columns = [attend(q, k, part) for part in identity.split(D, dim=-1)]
+    """Ids (T,) -> where each token's attention goes, (H, T, T) for each block. It is the model's
+    own: what its attention makes of the identity in the place of v, D columns at a time."""
+    T, maps = len(idx), []
+    for block in model.blocks:
+        attend, calls = block.attn.attend, []
+        block.attn.attend = lambda *qkv: calls.append(qkv) or attend(*qkv)
+        model(idx[None])
+        block.attn.attend = attend
+        q, k, v = calls[0]
+        D = v.size(-1)
+        identity = torch.eye(T, T + D).to(v)[None, :, None]
+        columns = [attend(q, k, identity[..., j:j + D].expand_as(v)) for j in range(0, T, D)]
         maps.append(torch.cat(columns, dim=-1)[0, ..., :T].transpose(0, 1).float().cpu())
-        return attend(q, k, v)
-
-    for part in parts:
-        part.attend = functools.partial(record, part.attend)
-    model(idx[None])
-    for part in parts:
-        part.attend = part.attend.args[0]
     return maps
 
 def head_role(probs, idx):
@@ -1393,60 +1329,53 @@ def head_role(probs, idx):
     kind = max(shares, key=shares.get)
     return f"{kind} {shares[kind]:.2f}" if shares[kind] >= 0.4 else ""
 
-VISIBLE = str.maketrans("\n \t\r\u200b\u00a0", "⏎·⇥␍∅⍽")
-
 def look_at(model, tokenizer, idx):
     """What the model makes of ids (T,), as plain values for the page."""
     probs, maps, idx = logit_lens(model, idx), attention_maps(model, idx), idx.cpu()
     losses = -probs[-1, :-1].gather(-1, idx[1:, None]).log()[:, 0]
-    seen = torch.ones(len(idx), len(idx)).tril().bool()
+    visible = str.maketrans("\n \t\r\u200b\u00a0", "⏎·⇥␍∅⍽")
+    words = [t.decode("utf-8", "backslashreplace").translate(visible) or "∅"
+             for t in tokenizer.tokens]
 
-    def word(i):
-        return tokenizer.tokens[i].decode("utf-8", "backslashreplace").translate(VISIBLE) or "∅"
-
-    def likeliest(row, n):
-        top = row.topk(min(n, len(row)))
-        return [[word(i), p] for i, p in zip(top.indices.tolist(), top.values.tolist())]
+    def likeliest(layer, n):
+        top = layer.topk(min(n, len(words)))  # (T, n)
+        rows = zip(top.indices.tolist(), top.values.tolist())
+        return [[[words[i], p] for i, p in zip(*row)] for row in rows]
 
     def head(name, probs):  # a character from 0 to o for each 64th, row by row to the diagonal
-        codes = (probs[seen] * 63 + 48).round().byte()
+        codes = (probs[torch.ones_like(probs).tril() > 0] * 63 + 48).round().byte()
         return {"name": name, "worth": "", "role": head_role(probs, idx),
                 "map": bytes(codes.tolist()).decode()}
 
-    return {"text": [word(i) for i in idx.tolist()], "loss": [0.0, *losses.tolist()],
-            "lens": [[likeliest(row, 1) for row in layer] for layer in probs[:-1]] +
-                    [[likeliest(row, 5) for row in probs[-1]]],
+    return {"text": [words[i] for i in idx.tolist()], "loss": [0.0, *losses.tolist()],
+            "lens": [*(likeliest(layer, 1) for layer in probs[:-1]), likeliest(probs[-1], 5)],
             "heads": [[head(f"{l}.{h}", probs) for h, probs in enumerate(layer, 1)]
                       for l, layer in enumerate(maps, 1)]}
 
 def copied(text, source):
     """For each character of a text, how many from there on stand in `source` in this order.
     `copied("abcx", "xbc") == [0, 2, 1, 1]`"""
-    lengths, n = [], 0
+    lengths, end = [], 0
     for i in range(len(text)):
-        n = max(0, n - 1)
-        while i + n < len(text) and text[i:i + n + 1] in source:
-            n += 1
-        lengths.append(n)
+        end = max(i, end)
+        while end < len(text) and text[i:end + 1] in source:
+            end += 1
+        lengths.append(end - i)
     return lengths
 
 def probe_line(probe, tokenizer, unseen, block_size):
     """The ids of what a model is watched reading: `probe`, or a whole line of the unseen text."""
     room = min(40, block_size)
-    if probe:
-        line = tokenizer.encode(read_prompt(probe))[:room]
-    else:
-        lines = map(tokenizer.encode, tokenizer.decode(unseen[:4000]).splitlines()[1:-1])
-        whole = [ids for ids in lines if 0 < len(ids) <= room]
-        line = max(whole, key=len, default=unseen[:room])
+    lines = map(tokenizer.encode, tokenizer.decode(unseen[:4000]).splitlines()[1:-1])
+    whole = [ids for ids in lines if 0 < len(ids) <= room]
+    line = tokenizer.encode(read_prompt(probe)) if probe else max(whole, key=len, default=unseen)
     if not len(line):
         raise Error("there is no text to look at: name one with probe")
-    return line.long()
+    return line[:room].long()
 
 def record_probe(run):
     """Add to probe.jsonl what the model makes of its line at this step, and what it writes."""
-    model, tokenizer, idx = run.eval_model, run.tokenizer, run.line.to(run.device)
-    training = model.training
+    model, tokenizer, idx = run.eval_model, run.text.tokenizer, run.line.to(run.device)
     model.eval()
     record = {"step": run.step, "samples": []}
     with contextlib.suppress(Error), precision(run.device, run.dtype):  # logits not finite: no text
@@ -1456,7 +1385,7 @@ def record_probe(run):
             s = Sampling(tokens=n, temperature=temperature, seed=run.s.seed)
             rows = torch.stack(list(generate(model, start, s)), dim=1)
             record["samples"] += [tokenizer.decode(row) for row in rows]
-    model.train(training)
+    model.train()
     append_line(run.out / "probe.jsonl", record)
 
 @torch.no_grad()
@@ -1488,10 +1417,11 @@ class Inspection(Machine, Trained):
 def inspect(s):
     """write a page that shows what a model has learnt, and how"""
     model, tokenizer, device, dtype = open_model(s)
-    c, V, out, log, records = model.config, len(tokenizer.tokens), Path(s.out), {}, []
+    c, V, out = model.config, len(tokenizer.tokens), Path(s.out)
     about = (f"{c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide; {count_parameters(model):,} "
              f"parameters, {V:,} tokens in the vocabulary")
-    train, val, rises, levels = torch.zeros(0), torch.zeros(0), [], {"blind guess": math.log(V)}
+    records, log, rises, levels = [], {}, [], {"blind guess": math.log(V)}
+    train = val = torch.zeros(0)
     if not s.init:
         about += f"; learnt {', '.join(c.data)}"
         log = {line["step"]: line for line in read_lines(out / "log.jsonl")}
@@ -1500,16 +1430,15 @@ def inspect(s):
             train, val = split(run_data(out, tokenizer))
         except Error as e:
             notice(f"{e}; the page goes without what needs the text")
-    if s.probe or not records:
-        ids, log = probe_line(s.probe, tokenizer, val, c.block_size).to(device), {}
-        with precision(device, dtype):
-            records = [{"step": 0, "samples": [], **look_at(model, tokenizer, ids)}]
-    if len(val) > 1:
-        notice(f"measuring what {c.n_layer * c.n_head} heads are worth")
-        with precision(device, dtype):
+    with precision(device, dtype):
+        if s.probe or not records:
+            ids = probe_line(s.probe, tokenizer, val, c.block_size).to(device)
+            records = [{"step": None, "samples": [], **look_at(model, tokenizer, ids)}]
+        if len(val):
+            notice(f"measuring what {c.n_layer * c.n_head} heads are worth")
             rises = head_importance(model, val)
-        levels |= {"bigram": bigram_loss(train, val, V)} if V <= 4096 else {}
-    sources = tokenizer.decode(train[:1 << 22]), tokenizer.decode(val[:1 << 22])
+            levels |= {"bigram": bigram_loss(train, val, V)} if V <= 4096 else {}
+    sources = [tokenizer.decode(ids[:1 << 22]) for ids in (train, val)]
     for record in records:
         for head, rise in zip(itertools.chain(*record["heads"]), rises):
             head["worth"] = f"worth {rise:.3f}"
@@ -1520,12 +1449,11 @@ def inspect(s):
             "from training text": max(itertools.chain(*learnt), default=0),
             "from validation text": max(itertools.chain(*unseen), default=0),
             "samples": list(zip(samples, learnt))}
+    records[0] |= {"title": f"Inside {model.origin}", "about": about}
     # three digits of a number are enough, and no text may end the script
     records = json.loads(json.dumps(records), parse_float=lambda number: round(float(number), 3))
     data = json.dumps(records, separators=(",", ":")).replace("<", "\\u003c")
-    title = html.escape(f"Inside {model.origin}")
-    parts = {"TITLE": title, "ABOUT": html.escape(about), "DATA": data}
-    page = re.sub("|".join(parts), lambda found: parts[found[0]], PAGE)
+    page = PAGE.replace("DATA", data)
     with atomic(out / "inspect.html") as file:
         file.write(page.encode())
     say(out / "inspect.html")
@@ -1545,41 +1473,40 @@ class Ablation(Training):
 def ablate(s):
     """train a model in several settings, and compare"""
     base = {name: value for name, value in s.given.items() if name not in ("vary", "seeds", "out")}
-    out, seeds, plans = Path(s.out), range(s.seed, s.seed + s.seeds), {}
+    folder, plans = Path(s.out), {}
     for sweep in s.vary:
-        axes = [word.replace("-", "_").partition("=") for word in sweep.split()]
+        axes = [word.partition("=") for word in sweep.split()]
         for values in itertools.product(*(values.split(",") for _, _, values in axes)):
-            plan = {name: value for (name, _, _), value in zip(axes, values)}
+            plan = {name.replace("-", "_"): value for (name, _, _), value in zip(axes, values)}
             Training.make(base | plan)  # what cannot work is found before an hour has passed
-            plans[" ".join(f"{name}={value}" for name, value in plan.items())] = base | plan
-    path = out / "ablate.json"
-    done = {"format": FORMAT, "base": base, "runs": {}}
-    if path.exists():
-        done = json.loads(path.read_text("utf-8"))
-    if (done.get("format"), done["base"]) != (FORMAT, base):
+            for seed in range(s.seed, s.seed + s.seeds):
+                plan["seed"] = seed
+                plans[" ".join(f"{name}={value}" for name, value in plan.items())] = base | plan
+    path, about = folder / "ablate.json", {"format": FORMAT, "base": base}
+    done = json.loads(path.read_text("utf-8")) if path.exists() else about | {"runs": {}}
+    if done | about != done:
         raise Error(f"{path} is of other settings, {done['base']!r:.100}; name another out")
     say("| setting | parameters | loss | bits per byte | seconds |\n" + "| --- " * 5 + "|")
-    for (name, plan), seed in itertools.product(plans.items(), seeds):
-        folder = out / f"{name} seed={seed}"
-        if folder.name not in done["runs"]:
-            notice(f"training {folder.name}")
-            how = {"resume": True} if (folder / "ckpt.pt").exists() else plan | {"seed": seed}
+    for name, plan in plans.items():
+        if name not in done["runs"]:
+            notice(f"training {name}")
+            out = str(folder / name)
+            how = {"resume": True} if (folder / name / "ckpt.pt").exists() else plan
             with contextlib.redirect_stdout(io.StringIO()):
-                last = train(**how | {"out": str(folder)})
+                last = train(**how | {"out": out})
                 if last["signal"]:
                     notice("the same command again goes on with the table")
                     return last
-                result = evaluate(out=str(folder), device=s.device)
-            parameters, bits = count_parameters(load_model(folder)[0]), result["bits_per_byte"]
-            done["runs"][folder.name] = [parameters, result["loss"], bits, last["seconds"]]
+                result = evaluate(out=out, device=s.device)
+            parameters, bits = count_parameters(load_model(out)[0]), result["bits_per_byte"]
+            done["runs"][name] = [parameters, result["loss"], bits, last["seconds"]]
             with atomic(path) as file:
                 file.write(json.dumps(done, indent=1).encode())
-        parameters, loss, bits, seconds = done["runs"][folder.name]
-        say(f"| {folder.name} | {parameters:,} | {loss:.4f} | {bits:.4f} | {seconds:.0f} |")
+        parameters, loss, bits, seconds = done["runs"][name]
+        say(f"| {name} | {parameters:,} | {loss:.4f} | {bits:.4f} | {seconds:.0f} |")
     return done
 
 PAGE = r"""<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>TITLE</title>
 <style>
 :root { color-scheme: light dark } svg { width: 100%; height: 9rem }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: auto; padding: 1rem }
@@ -1594,7 +1521,7 @@ button { font: inherit; color: inherit; background: rgb(224 112 32 / var(--cost,
 #heads, #next { display: block; overflow-x: auto; white-space: nowrap }
 canvas { width: 6rem; image-rendering: pixelated; background: #8882 }
 </style>
-<h1>TITLE</h1><p>ABOUT</p>
+<h1 id="title"></h1><p id="about"></p>
 <header><button id="play">▶</button> <input id="at" type="range"> <b id="now"></b></header>
 <div class="row" id="curves"></div>
 <h2>The line that the model reads</h2>
@@ -1623,12 +1550,11 @@ const weight = (head, i, j) => (head.map.charCodeAt(i * (i + 1) / 2 + j) - 48) /
 function chart(at, title, names) { // a line for each name, over the positions of the slider
   names = names.filter(name => R.some(r => r[name] > 0))
   if (!names.length || R.length < 2) return ''
-  const high = Math.max(...names.flatMap(name => R.map(r => r[name])))
-  const x = i => 100 * i / (R.length - 1), y = v => 100 - 98 * v / high
-  const points = name => R.flatMap((r, i) => r[name] == null ? [] : `${x(i)} ${y(r[name])}`)
-  return `<figure><svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img">` +
-    `<path stroke="gray" d="M${x(at)} 0V100M0 100H100" />` + each(names, (name, n) =>
-    `<path stroke-width="2" stroke="${COLORS[n]}" d="M${points(name).join('L')}" />`) +
+  const end = R.length - 1, high = Math.max(...names.flatMap(name => R.map(r => r[name])))
+  const points = name => R.flatMap((r, i) => r[name] == null ? [] : `${i} ${-r[name] / high}`)
+  return `<figure><svg viewBox="0 -1.02 ${end} 1.02" preserveAspectRatio="none" role="img">
+    <path stroke="gray" d="M${at} 0V-1.02M0 0H${end}" />` + each(names, (name, n) =>
+    `<path stroke-width="2" stroke="${COLORS[n]}" d="M${points(name)}" />`) +
     `</svg><figcaption>${title} by stop, 0 to ${+high.toFixed(1)}: ` + each(names, (name, n) =>
     `<b style="color: ${COLORS[n]}">${name} ${R[at][name] ?? ''}</b> `) + `</figcaption></figure>`
 }
@@ -1642,7 +1568,7 @@ function marked([text, copied]) { // what belongs to a copied piece
 }
 function draw() {
   const at = Math.max(0, R.findLastIndex(r => r.step <= state.step)), r = R[at]
-  const i = Math.max(0, Math.min(T - 1, state.token | 0)), heads = r.heads.flat()
+  const i = state.token = Math.max(0, Math.min(T - 1, state.token | 0)), heads = r.heads.flat()
   const head = heads.find(head => head.name === state.head)
   $('at').value = at
   $('now').innerText = R.length > 1 ? `step ${r.step}, validation loss ${r.validation}` : ''
@@ -1670,20 +1596,22 @@ function draw() {
 }
 function set(change) {
   Object.assign(state, change)
-  history.replaceState(null, '', '#' + new URLSearchParams(state))
   draw()
+  history.replaceState(null, '', '#' + new URLSearchParams(state))
 }
 function play(n) {
   set({step: R[n].step})
   if (n + 1 < R.length) setTimeout(() => $('at').value == n && play(n + 1), 300)
 }
+document.title = $('title').innerText = R[0].title
+$('about').innerText = R[0].about
 $('at').max = R.length - 1
 $('play').onclick = () => play(0)
 $('at').oninput = () => set({step: R[$('at').value].step})
 document.onclick = e => set({...e.target.closest('button')?.dataset})
 document.onkeydown = e => {
   const by = {ArrowRight: 1, ArrowLeft: -1}[e.key]
-  if (by && e.target !== $('at')) set({token: Math.max(0, Math.min(T - 1, +state.token + by))})
+  if (by && e.target !== $('at')) set({token: state.token + by})
 }
 draw()
 </script>
@@ -1697,23 +1625,23 @@ def pairs(text):
     return dict(pair.split("=") for pair in text.split())
 
 LLAMA = {  # `ours` makes it here; `must` is what else a config.json has to say, or to leave out
-    "class": "LlamaForCausalLM", "prefix": "model.", "block": "layers.",
+    "class": "LlamaForCausalLM", "block": "model.layers.",
     "ours": dict(pos="rope", norm="rms", mlp="swiglu", qk_norm=False),
     "must": dict(hidden_act="silu", rope_type="default", partial_rotary_factor=1.0),
     "settings": pairs("""vocab_size=vocab_size max_position_embeddings=block_size
         num_hidden_layers=n_layer hidden_size=n_embd num_attention_heads=n_head head_dim=head_dim
         num_key_value_heads=n_kv_head intermediate_size=mlp_hidden rope_theta=rope_theta
         rms_norm_eps=norm_eps tie_word_embeddings=tie attention_bias=bias mlp_bias=bias"""),
-    "parts": pairs("""embed=embed_tokens norm=norm head=lm_head attn_norm=input_layernorm
-        mlp_norm=post_attention_layernorm attn.q=self_attn.q_proj attn.k=self_attn.k_proj
-        attn.v=self_attn.v_proj attn.out=self_attn.o_proj attn.q_norm=self_attn.q_norm
-        attn.k_norm=self_attn.k_norm mlp.gate=mlp.gate_proj mlp.up=mlp.up_proj
-        mlp.down=mlp.down_proj""")}
+    "parts": pairs("""embed=model.embed_tokens norm=model.norm head=lm_head
+        attn_norm=input_layernorm mlp_norm=post_attention_layernorm attn.q=self_attn.q_proj
+        attn.k=self_attn.k_proj attn.v=self_attn.v_proj attn.out=self_attn.o_proj
+        attn.q_norm=self_attn.q_norm attn.k_norm=self_attn.k_norm mlp.gate=mlp.gate_proj
+        mlp.up=mlp.up_proj mlp.down=mlp.down_proj""")}
 QWEN3 = LLAMA | {
     "class": "Qwen3ForCausalLM", "ours": LLAMA["ours"] | dict(qk_norm=True, head_dim=128),
     "must": LLAMA["must"] | dict(attention_bias=False, mlp_bias=False, use_sliding_window=False)}
 GPT2 = {
-    "class": "GPT2LMHeadModel", "prefix": "", "block": "h.", "ours": ARCHS["gpt2"],
+    "class": "GPT2LMHeadModel", "block": "h.", "ours": ARCHS["gpt2"],
     "must": dict(activation_function="gelu_new", scale_attn_weights=True,
                  scale_attn_by_inverse_layer_idx=False),
     "settings": pairs("""vocab_size=vocab_size n_ctx=block_size n_positions=block_size
@@ -1731,12 +1659,11 @@ def config_in(about):
         raise Error(f"model_type {kind} is not one of {', '.join(FAMILIES)}")
     rope = about.get("rope_parameters") or about.get("rope_scaling") or {}  # transformers 5, 4
     about = {"rope_type": rope.get("type")} | about | rope
-    about = {name: value for name, value in about.items() if value is not None}
     for name, value in FAMILIES[kind]["must"].items():
-        if about.get(name, value) != value:
+        if about.get(name) not in (None, value):
             raise Error(f"{name} {about[name]} is not supported, only {value}")
-    names = FAMILIES[kind]["settings"]
-    said = {ours: about[name] for name, ours in names.items() if name in about}
+    names = FAMILIES[kind]["settings"].items()
+    said = {ours: about[name] for name, ours in names if about.get(name) is not None}
     return kind, Config(**FAMILIES[kind]["ours"] | said)
 
 def config_out(config):
@@ -1746,14 +1673,13 @@ def config_out(config):
     family = FAMILIES[kind]
     about = {name: getattr(config, ours) for name, ours in family["settings"].items()}
     about |= {"model_type": kind, "architectures": [family["class"]], **family["must"]}
-    again = config_in(about)[1]
-    for f in fields(Config):
-        if f.name != "dropout" and getattr(again, f.name) != getattr(config, f.name):
-            raise Error(f"export: {f.name} {getattr(config, f.name)} has no equal in {kind}")
+    for name, again in asdict(config_in(about)[1]).items():
+        if name != "dropout" and getattr(config, name) != again:
+            raise Error(f"export: {name} {getattr(config, name)} has no equal in {kind}")
     return kind, about
 
 def their_weights(model, kind):
-    """Their names, without prefix -> [views of ours]: theirs is those joined along the last dim."""
+    """Their names -> [views of ours]: theirs is those joined along the last dim."""
     weights = defaultdict(list)
     for name, p in model.named_parameters():  # a tied head is the embedding, not listed again
         block, part, end = re.fullmatch(r"(?:blocks\.(\d+\.))?(.+)\.(\w+)", name).groups("")
@@ -1766,25 +1692,20 @@ SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
                "BF16": torch.bfloat16, "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool}
 
 def read_safetensors(path):
-    """{name: tensor}. Eight bytes say how long the header is; it is JSON; the tensors follow, no
-    gaps. The file is mapped: a tensor is read from the disk when it is used."""
+    """Yields (name, tensor). Eight bytes say how long the header is; it is JSON; the tensors
+    follow, no gaps. The file is mapped: a tensor is read from the disk when it is used."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(min(length, 1 << 24)))  # real ones are below a megabyte
-    data = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8)[8 + length:]
     header.pop("__metadata__", None)
-    tensors, end = {}, 0
-    for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        (start, stop), dtype = about["data_offsets"], SAFETENSORS[about["dtype"]]
-        if start != end:
-            raise ValueError(f"{name} begins at {start}, not at {end}")
-        raw, end = data[start:stop], stop
+    order = sorted(header, key=lambda name: header[name]["data_offsets"])
+    sizes = [stop - start for start, stop in (header[name]["data_offsets"] for name in order)]
+    data = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8)[8 + length:]
+    for name, raw in zip(order, data.split(sizes)):  # which must be all of it
+        dtype = SAFETENSORS[header[name]["dtype"]]
         if raw.storage_offset() % dtype.itemsize:  # in old files: no view of numbers begins there
             raw = raw.clone()
-        tensors[name] = raw.view(dtype).view(about["shape"])
-    if end != len(data):
-        raise ValueError(f"{len(data)} bytes, where the header speaks of {end}")
-    return tensors
+        yield name, raw.view(dtype).view(header[name]["shape"])
 
 def write_safetensors(path, weights):
     """{name: [tensors to join along the last dim]}: no second copy of the model is held."""
@@ -1810,33 +1731,34 @@ def load_folder(source):
             download(f"https://huggingface.co/openai-community/{source}/resolve/main/{file}",
                      folder / file)
     try:
-        about = json.loads((folder / "config.json").read_text("utf-8"))
-        kind, config = config_in(about)
-        files = [*folder.glob("model.safetensors")] or [*folder.glob("model-*.safetensors")]
-        if not files:
-            raise Error("there is no model.safetensors")
-        found = {re.sub(r"^(transformer|model)\.", "", name): tensor  # GPT2Model's has no prefix
-                 for path in files
-                 for name, tensor in read_safetensors(path).items()}
+        texts = {path.name: path.read_text("utf-8") for path in folder.glob("[a-z]*.json")}
+        kind, config = config_in(json.loads(texts["config.json"]))
+        whole = folder / "model.safetensors"
+        files = [whole] if whole.exists() else [*folder.glob("model-*.safetensors")] or [whole]
+        bare = functools.partial(re.sub, r"^(transformer|model)\.", "")  # a GPT2Model's has none
+        found = {bare(name): tensor for path in files for name, tensor in read_safetensors(path)}
         with torch.device("meta"):  # shapes without memory: a wrong config.json costs none
-            wanted = {name: torch.cat(views, dim=-1).shape
+            wanted = {bare(name): torch.cat(views, dim=-1).shape
                       for name, views in their_weights(GPT(config), kind).items()}
         ignored = re.compile(r"\.attn\.(masked_)?bias$|\.inv_freq$|^lm_head\.weight$")
         shapes = {name: tensor.shape for name, tensor in found.items()}
-        for name in wanted.keys() | {name for name in found if not ignored.search(name)}:
-            if shapes.get(name) != wanted.get(name):
+        for name, _ in wanted.items() ^ shapes.items():  # what only one of them says
+            if name in wanted or not ignored.search(name):
                 raise Error(f"{name} is {shapes.get(name)}, in this {kind} {wanted.get(name)}")
         model = GPT(config).eval()
         model.origin = source
         for name, views in their_weights(model, kind).items():
-            parts = found[name].split([view.size(-1) for view in views], dim=-1)
-            for view, part in zip(views, parts):
+            for view, part in zip(views, found[bare(name)].chunk(len(views), dim=-1)):
                 view.copy_(part)
-        return model, folder_tokenizer(folder, kind, config.vocab_size)
+        return model, folder_tokenizer(texts, kind, config.vocab_size)
     except ImportError:
         raise
     except Exception as e:  # a damaged file may fail in any way
         raise Error(f"{folder} cannot be read: {first_line(e)}") from None
+
+# In a tokenizer.json a letter stands for each byte: itself where Latin-1 shows something.
+HIDDEN = [b for b in range(256) if not chr(b).isprintable() or b == ord(" ")]
+BYTE_LETTERS = [chr(256 + HIDDEN.index(b)) if b in HIDDEN else chr(b) for b in range(256)]
 
 class HuggingFaceTokenizer(Tokenizer):
     """Somebody's tokenizer.json, run by the package `tokenizers`: the ids are theirs."""
@@ -1844,18 +1766,19 @@ class HuggingFaceTokenizer(Tokenizer):
         import tokenizers
         self.arguments = {"text": text, "ends": ends, "size": size}
         self.encoding = tokenizers.Tokenizer.from_str(text)
-        self.encoding.no_truncation()  # a file may ask for it
+        self.encoding.no_truncation()  # a file may ask for both
+        self.encoding.no_padding()
         self.eot, self.ends = (ends or [None])[0], set(ends)
         self.first = ends[:1] or self.encode("\n").tolist()[:1] or [0]
         self.tokens = [b""] * size  # a model may have more ids than its tokenizer
-        byte = {c: b for b, c in enumerate(byte_letters()) if '"ByteLevel"' in text}
-        added = self.encoding.get_added_tokens_decoder()
+        spelt = {"▁": b" "} | {f"<0x{b:02X}>": bytes([b]) for b in range(256)}
+        added = []
+        if '"ByteLevel"' in text:
+            spelt = {letter: bytes([b]) for b, letter in enumerate(BYTE_LETTERS)}
+            added = self.encoding.get_added_tokens_decoder()  # these are not spelt so
         for name, i in self.encoding.get_vocab().items():
-            self.tokens[i] = name.replace("▁", " ").encode()
-            if re.fullmatch("<0x..>", name):
-                self.tokens[i] = bytes.fromhex(name[3:5])
-            elif i not in added and all(c in byte for c in name):
-                self.tokens[i] = bytes(byte[c] for c in name)
+            parts = [name] if i in added else re.findall("(?s)<0x..>|.", name)
+            self.tokens[i] = b"".join(spelt.get(part) or part.encode() for part in parts)
 
     def encode(self, text, special=False):
         self.encoding.encode_special_tokens = not special
@@ -1867,44 +1790,35 @@ class HuggingFaceTokenizer(Tokenizer):
 
 TOKENIZERS["huggingface"] = HuggingFaceTokenizer
 
-def folder_tokenizer(folder, kind, size):
-    """The tokenizer of a folder, None if it has none. Two files may say which ids end a sample."""
-    path, ends = folder / "tokenizer.json", []
-    if not path.exists():
+def folder_tokenizer(texts, kind, size):
+    """What a folder's .json files make, or None. Two of them may say which ids end a sample."""
+    if "tokenizer.json" not in texts:
         return GPT2Tokenizer.train((), 0) if kind == "gpt2" and size == 50257 else None
-    for file in (folder / "config.json", folder / "generation_config.json"):
-        ids = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.exists() else None
+    ends = []
+    for name in ("config.json", "generation_config.json"):
+        ids = json.loads(texts.get(name, "{}")).get("eos_token_id")
         ends += ids if isinstance(ids, list) else [ids]
     ends = [i for i in dict.fromkeys(ends) if i in range(size)]
-    return HuggingFaceTokenizer(path.read_text("utf-8"), ends, size)
-
-def byte_letters():
-    """The letter that stands for each byte there: itself where Latin-1 shows something."""
-    shown = [b for b in range(256) if chr(b).isprintable() and b != 32]
-    hidden = [b for b in range(256) if b not in shown]
-    return [chr(b) if b in shown else chr(256 + hidden.index(b)) for b in range(256)]
+    return HuggingFaceTokenizer(texts["tokenizer.json"], ends, size)
 
 def tokenizer_out(tokenizer):
     """tokenizer.json's dict. Characters are byte-pair encoding without bytes and without pairs."""
-    state, file = tokenizer.state(), {"version": "1.0", "added_tokens": []}
+    state, eot = tokenizer.state(), tokenizer.eot
     if state["kind"] == "huggingface":
         return json.loads(state["text"])
-    if state["kind"] == "char":
-        vocab = {c: i for i, c in enumerate(state["chars"])}
-        model = {"type": "BPE", "vocab": vocab, "merges": []}
-        return file | {"decoder": {"type": "Fuse"}, "model": model}
-    if state["kind"] != "bpe":
+    if state["kind"] not in ("char", "bpe"):
         raise Error(f"export: a tokenizer of kind {state['kind']} has no equal")
-    letters, ranks, name = byte_letters(), tokenizer.ranks, "<|endoftext|>"
-    spell = {token: "".join(letters[b] for b in token) for token in ranks}
-    merges = [f"{spell[token[:i]]} {spell[token[i:]]}" for token in sorted(ranks, key=ranks.get)
-              for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
-    vocab = {spell[token]: i for token, i in ranks.items()} | {name: tokenizer.eot}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    special = {"id": tokenizer.eot, "content": name, "special": True, "normalized": False,
-               "single_word": False, "lstrip": False, "rstrip": False}
-    return file | {"added_tokens": [special], "pre_tokenizer": level, "decoder": level,
-                   "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
+    names = state.get("chars") or [token.translate(BYTE_LETTERS) for token in state["tokens"]]
+    file = {"version": "1.0", "added_tokens": [], "decoder": {"type": "Fuse"}}
+    if state["kind"] == "bpe":
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+        special = {"id": eot, "content": names[eot], "special": True, "normalized": False,
+                   "single_word": False, "lstrip": False, "rstrip": False}
+        file |= {"added_tokens": [special], "pre_tokenizer": level, "decoder": level}
+    vocab = {name: i for i, name in enumerate(names)}
+    merges = [f"{name[:i]} {name[i:]}" for name in names[:eot] for i in range(1, len(name))
+              if name[:i] in vocab and name[i:] in vocab]
+    return file | {"model": {"type": "BPE", "vocab": vocab, "merges": merges}}
 
 @dataclass
 class Export(Trained):
@@ -1919,17 +1833,15 @@ def export(s):
         raise Error(f"export: {s.folder!r:.100} is there already; name a new or an empty folder")
     model, tokenizer = load_model(s.init or find_run(s.out))
     kind, about = config_out(model.config)
-    files, eot = {}, None if tokenizer is None else tokenizer.eot
+    files, eot = {}, getattr(tokenizer, "eot", None)
     ends = None if eot is None else [eot, *tokenizer.ends - {eot}]
     about |= {"bos_token_id": eot, "eos_token_id": ends}  # left out, they would be a Llama's
     if tokenizer:
-        names = {} if eot is None else {"eos_token": tokenizer.tokens[eot].decode()}
         files = {"tokenizer.json": tokenizer_out(tokenizer), "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-            "model_max_length": model.config.block_size, **names}}
-    write_safetensors(folder / "model.safetensors", {
-        FAMILIES[kind]["prefix"] * (name != "lm_head.weight") + name: parts
-        for name, parts in their_weights(model, kind).items()})
+            "model_max_length": model.config.block_size,
+            "eos_token": None if eot is None else tokenizer.tokens[eot].decode()}}
+    write_safetensors(folder / "model.safetensors", their_weights(model, kind))
     for name, file in (files | {"config.json": about}).items():  # the last: without it, no model
         with atomic(folder / name) as out:
             out.write(json.dumps(file, indent=1).encode())
@@ -1938,23 +1850,21 @@ def export(s):
 # --- Command line --------------------------------------------------------------------------------
 # Reports go to stdout, notices to stderr, and nothing that is wrong with them ends a run.
 
-def say(text, end="\n"):
-    """Print at once. If nobody reads stdout any more, go on in silence."""
+def say(text, end="\n", stream="stdout"):
+    """Print at once. If nobody reads it any more, go on in silence."""
     try:
-        print(text, end=end, flush=True)
+        print(text, end=end, file=getattr(sys, stream), flush=True)
     except (OSError, ValueError):
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))
 
 def notice(text):
-    with contextlib.suppress(OSError, ValueError):
-        print(f"gpt.py: {text}", file=sys.stderr, flush=True)
+    say(f"gpt.py: {text}", stream="stderr")
 
 def first_line(e):
     """What an exception says, in one short line."""
     return (str(e).strip() or repr(e)).splitlines()[0][:99]
 
 class Once(argparse.Action):
-    """An option that may be given once."""
     def __call__(self, parser, namespace, value, option=None):
         if hasattr(namespace, self.dest):
             parser.error(f"{option} is given twice")
@@ -1965,41 +1875,35 @@ class Parser(argparse.ArgumentParser):
         raise Error(f"{message} (--help lists what there is; a text may follow =, as --stop=---)")
 
 def make_parser():
-    parser = Parser(prog="gpt.py", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="gpt.py", description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for command, function in COMMANDS.items():
-        about = dict(help=function.__doc__, description=function.__doc__, allow_abbrev=False)
-        sub = commands.add_parser(command, usage=f"gpt.py {command} [options]", **about)
-        for name in function.__signature__.parameters:
-            f = function.settings.__dataclass_fields__[name]
-            default = " ".join(f.default) if f.type is list else f.default
-            shown = "" if default in (None, "") else f" [{default}]"
-            about = dict(help=f.metadata["help"].replace("%", "%%") + shown)
-            kind = {int: "N", float: "X"}.get(f.type, "TEXT")
-            how = dict(action=Once, metavar="|".join(f.metadata["choices"]) or kind)
+        about = dict(help=function.__doc__, description=function.__doc__)
+        sub = commands.add_parser(command, usage=f"gpt.py {command} [options]", allow_abbrev=False,
+                                  argument_default=argparse.SUPPRESS, **about)
+        own_first = function.settings.__annotations__ | function.settings.__dataclass_fields__
+        for name, f in own_first.items():
+            flags = sorted({"--" + name.replace("_", "-"), "--" + name})
+            flags = [name] if name == "folder" else flags  # export's
+            how = dict(action=Once, metavar=f.metadata["choices"] or f.type.__name__.upper())
             if f.type is bool:
                 how = dict(action=argparse.BooleanOptionalAction)
             if f.type is list:
-                how |= dict(nargs="+", action="extend")
-            flags = dict.fromkeys(["--" + name.replace("_", "-"), "--" + name])
-            flags = [name] if name == "folder" else flags  # export's
-            sub.add_argument(*flags, default=argparse.SUPPRESS, **about, **how)
+                how = dict(action="extend", nargs="+", metavar="TEXT")
+            shown = "" if f.default in (None, "", ()) else f" [{f.default}]"
+            sub.add_argument(*flags, help=f.metadata["help"] + shown, **how)
     return parser
 
 def main(argv=None):
     """Run a command -> exit code: 0 done, 2 the request was wrong, 1 it failed, 128 + signal."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not know every letter
     try:
-        given, unknown = make_parser().parse_known_args(argv)
-        given = vars(given)
-        function = COMMANDS[given.pop("command")]
-        for word in unknown:
-            if word.startswith("--"):  # the settings know what is close to it
-                function(**{word[2:].split("=")[0].replace("-", "_"): None})
-        if unknown:
+        words, unknown = make_parser().parse_known_args(argv)
+        if unknown and not unknown[0].startswith("--"):
             raise Error(f"{unknown[0]!r:.100} was not expected; a text to learn is --data's")
+        given = vars(words) | {word.split("=")[0]: None for word in unknown[:1]}
+        function = COMMANDS[given.pop("command")]
         train.started = STARTED if argv is None else None
         result = function(**given)
         stop = result.get("signal") if isinstance(result, dict) else 0
@@ -2011,8 +1915,7 @@ def main(argv=None):
         return 130
 
 if __name__ == "__main__":
-    if "__file__" not in globals() and {"IPython", "ipykernel"} & sys.modules.keys():
-        print("gpt.py is ready. To learn a text: train(minutes=3), or train(data='my.txt')\n"
-              "Then to write more of it: sample(), or sample(prompt='To be', temperature=0.7)")
-    else:
+    if "__file__" in globals() or not {"IPython", "ipykernel"} & sys.modules.keys():
         sys.exit(main())
+    print("gpt.py is ready. To learn a text: train(minutes=3), or train(data='my.txt')\n"
+          "Then to write more of it: sample(), or sample(prompt='To be', temperature=0.7)")
