@@ -805,7 +805,8 @@ def join_processes(device, stack):
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
         stack.callback(dist.destroy_process_group)
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO() if rank else sys.stdout))
+        for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr) if rank else ():
+            stack.enter_context(redirect(io.StringIO()))
     return rank, world
 
 MAY_CHANGE = {"out", "resume", "data", "steps", "minutes", "device", "dtype", "attention",

@@ -673,7 +673,7 @@ def test_the_page_works_in_a_browser(arch, layers, text):
     assert arch == "bigram" or "head=1.2" in place
 
 def test_ablate_compares_and_goes_on_where_it_was(monkeypatch):
-    words = ["ablate", "--vary", "n_head=1,2", "--vary", "n-layer=1 tie=true,false",
+    words = ["ablate", "--vary", "n_head=1,2", "--vary", "n-layer=1 lr=1e-3 tie=true,false",
              "--vary", "n_head=2", "--seeds", "2", "--out", "a", *flags(steps=3, n_head=None)[1:]]
     real, done = gpt.train, []
     monkeypatch.setattr(gpt, "train", lambda **given: done.append(given["out"]) or real(**given))
