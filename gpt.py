@@ -25,7 +25,7 @@ import itertools, json, math, os, re, signal, sys, uuid, warnings, zipfile
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from inspect import signature
+from inspect import Parameter, Signature
 from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # nothing here needs it
@@ -59,7 +59,7 @@ def setting(default, help, low=0, high=1e18, choices=""):
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
 CONVERT = {  # what was given, to a field's type
-    int: lambda x: int(str(x)), float: float, str: os.fsdecode,
+    int: lambda x: int(str(x)), float: lambda x: float(str(x)), str: os.fsdecode,
     bool: lambda x: {"true": True, "false": False}[str(x).lower()],
     list: lambda x: [str(x)] if isinstance(x, (str, Path)) else [str(item) for item in x]}
 
@@ -89,15 +89,18 @@ class Settings:
         """One from the names and values that a command was given."""
         known = cls.__dataclass_fields__
         for name in given.keys() - known.keys():
-            plain = name.strip("-").replace("-", "_").replace("epochs", "steps")
-            near = difflib.get_close_matches(plain, known, 1) or ["--help"]
-            raise Error(f"there is no setting {name!r:.100}; did you mean {near[0]}?")
+            plain = re.sub("epochs|max_iters", "steps", name.strip("-").replace("-", "_"))
+            near = difflib.get_close_matches(plain, known, 1)
+            hint = f"did you mean {near[0]}?" if near else "--help lists what there is"
+            raise Error(f"there is no setting {name!r:.100}; {hint}")
         return cls(**given)
 
 COMMANDS = {}  # name -> function
 
 def command(settings, name):
     """Make a function of a `settings` a command of the shell, and a function of its fields."""
+    known = settings.__dataclass_fields__
+    names = settings.__annotations__ | known  # its own come first
     def decorate(function):
         @functools.wraps(function)
         def call(**given):
@@ -114,7 +117,8 @@ def command(settings, name):
                               "checkpoint_activations, a smaller block_size or size") from None
 
         call.settings = settings
-        call.__signature__ = signature(settings)
+        call.__signature__ = Signature([
+            Parameter(n, Parameter.KEYWORD_ONLY, default=known[n].default) for n in names])
         COMMANDS[name] = call
         return call
     return decorate
@@ -180,7 +184,7 @@ STEPS = {"tiny": 1900, "baby": 2500}  # if neither steps nor minutes are given; 
 @dataclass
 class Training(Machine, Config):
     """A run."""
-    data: list = setting("input.txt", "files (.txt, .jsonl), folders of .txt files, globs")
+    data: list = setting("input.txt", "files (.txt, .jsonl with a `text` a line), folders, globs")
     out: str = setting("out", "folder of the run")
     steps: int = setting(None, "length (default: the size's, or until the text is seen 5 times)", 1)
     minutes: float = setting(None, "length, from the start of the command to its end")
@@ -206,6 +210,8 @@ class Training(Machine, Config):
     @classmethod
     def make(cls, given):
         """What was given beats size, which beats arch, which beats the defaults above."""
+        known = cls.__dataclass_fields__
+        given = {n: checked(known[n], v) if n in known else v for n, v in given.items()}
         arch, size = given.get("arch", cls.arch), given.get("size", "auto")
         if size == "auto":
             cpu = pick_device(given.get("device", "auto")).type == "cpu"
@@ -214,7 +220,7 @@ class Training(Machine, Config):
         s = super().make(presets | given | {"size": size})
         if arch in ("llama", "qwen3") and "n_kv_head" not in given and s.n_head % 2 == 0:
             s.n_kv_head = s.n_head // 2
-        s.given = {name: getattr(s, name) for name in given}
+        s.given = given
         return s
 
 # --- Tokenizers ----------------------------------------------------------------------------------
@@ -360,7 +366,7 @@ def attention(q, k, v):
 def torch_attention(q, k, v):
     """The same by torch's own kernels, for where kernels.py is not."""
     TQ, TK, groups = q.size(1), k.size(1), q.size(2) // k.size(2)
-    if 1 < TQ < TK:  # neither training nor sampling has it, nor torch's fast kernels
+    if 1 < TQ < TK:  # never in training or sampling; is_causal would align it top left
         return attention(q, k, v)
     if groups > 1:
         k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
@@ -519,9 +525,11 @@ class GPT(nn.Module):
         nn.init.normal_(self.embed.weight, std=0.02 if c.tie else 0.5)
         if self.positions is not None:
             nn.init.normal_(self.positions.weight, std=0.02)
-        outputs = [linear for block in self.blocks for linear in (block.attn.out, block.mlp.down)]
-        for output in outputs if c.tie else [*outputs, self.head]:
-            output.weight.mul_(len(outputs) ** -0.5 if c.tie else 0.0)
+        for block in self.blocks:
+            for output in (block.attn.out, block.mlp.down):
+                output.weight.mul_((2 * c.n_layer) ** -0.5 if c.tie else 0.0)
+        if not c.tie:
+            nn.init.zeros_(self.head.weight)
 
     def forward(self, idx, targets=None, cache=None, last=False):
         """With a cache, idx are the tokens after those that it holds. `last`: (B, 1, V) logits."""
@@ -611,7 +619,8 @@ def read_pieces(paths, size=1 << 17):
 def read_jsonl(file):
     for number, line in enumerate(file, 1):
         try:
-            yield from () if line.isspace() else (None, whole_characters(json.loads(line)["text"]))
+            if not line.isspace():
+                yield from (None, whole_characters(json.loads(line)["text"]))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise Error(f"{file.name}: line {number} is no JSON object with a `text`") from None
 
@@ -796,17 +805,17 @@ def join_processes(device, stack):
     """Join the others that torchrun started, until the stack closes -> (rank, how many there are).
     Only the first speaks."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and "MASTER_ADDR" not in os.environ:
+    if world == 1:
+        return 0, 1
+    if "MASTER_ADDR" not in os.environ:
         raise Error("WORLD_SIZE is set without MASTER_ADDR: unset it, or use torchrun")
-    if world > 1:
-        import torch.distributed.nn  # later it would hold the group, and its threads, to the end
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))
-        stack.callback(dist.destroy_process_group)
-        for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr) if rank else ():
-            stack.enter_context(redirect(io.StringIO()))
+    import torch.distributed.nn  # later it would hold the group, and its threads, to the end
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    stack.callback(dist.destroy_process_group)
+    for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr) if rank else ():
+        stack.enter_context(redirect(io.StringIO()))
     return rank, world
 
 MAY_CHANGE = {"out", "resume", "data", "steps", "minutes", "device", "dtype", "attention",
@@ -944,7 +953,8 @@ class Run:
             self.train_step()
 
     def agree(self):
-        """-> (share of the run that is behind us, signal or 0), the same in all processes."""
+        """-> (share of the run that is behind us, signal or 0), the same in all processes, which
+        wait for each other here."""
         left = 60 * (self.s.minutes or 0) - 1.5 * self.longest - 0.3  # the end takes its time
         progress = self.step / self.s.steps if self.s.steps else self.seconds() / max(1e-9, left)
         stop = self.signals[0] if self.signals else 0
@@ -987,7 +997,7 @@ class Run:
                           "longer warmup or dtype float32; the checkpoint is from before")
         for optimizer in self.optimizers if not self.skipped else ():  # both step, or neither
             for group in optimizer.param_groups:
-                group["lr"] = rate * group.setdefault("peak", group["lr"])
+                group["lr"] = rate * group.setdefault("peak", group["lr"])  # at first it is that
             optimizer.step()
         self.scaler.update()
         self.model.zero_grad()
@@ -1100,7 +1110,8 @@ def sample_next(logits, s, generator):
         V = logits.size(-1)
         ranked, ids = logits.topk(min(s.top_k or V, V))  # the likeliest first
         before = ranked.softmax(dim=-1).cumsum(dim=-1)[:, :-1]  # what likelier ones have together
-        ranked[:, 1:][before >= s.top_p] = -math.inf
+        if s.top_p < 1:
+            ranked[:, 1:][before >= s.top_p] = -math.inf
         logits = torch.full_like(logits, -math.inf).scatter(-1, ids, ranked)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
 
@@ -1215,7 +1226,8 @@ def atomic(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # RuntimeError is torch's for a full disk
-        raise Failure(f"{path} cannot be written: {first_line(e)}") from None
+        why = getattr(e, "strerror", None) or first_line(e)
+        raise Failure(f"{path} cannot be written: {why}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1227,11 +1239,12 @@ def read_checkpoint(path):
             if any(item.compress_type for item in archive.infolist()) or archive.testzip():
                 raise ValueError("its checksums are wrong")
         checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
-        if checkpoint["format"] != FORMAT:
-            raise ValueError(f"format {checkpoint['format']}, this gpt.py reads {FORMAT}")
-        return checkpoint
+        written = checkpoint["format"]
     except Exception as e:  # a damaged file may fail in any way
         raise Error(f"{path}: not a checkpoint of gpt.py, or damaged ({first_line(e)})") from None
+    if written != FORMAT:
+        raise Error(f"{path}: format {written} of another gpt.py, this one reads {FORMAT}")
+    return checkpoint
 
 def find_run(out):
     """The checkpoint that speaks for a run."""
@@ -1307,14 +1320,13 @@ def logit_lens(model, idx):
 def attention_maps(model, idx):
     """Ids (T,) -> where each token's attention goes, (H, T, T) for each block. It is the model's
     own: what its attention makes of the identity in the place of v, D columns at a time."""
-    T, maps = len(idx), []
-    for block in model.blocks:
-        attend, calls = block.attn.attend, []
-        block.attn.attend = lambda *qkv: calls.append(qkv) or attend(*qkv)
-        model(idx[None])
+    attends, calls, maps = [block.attn.attend for block in model.blocks], [], []
+    for block, attend in zip(model.blocks, attends):
+        block.attn.attend = lambda *qkv, attend=attend: calls.append(qkv) or attend(*qkv)
+    model(idx[None])
+    for block, attend, (q, k, v) in zip(model.blocks, attends, calls):
         block.attn.attend = attend
-        q, k, v = calls[0]
-        D = v.size(-1)
+        T, D = len(idx), v.size(-1)
         identity = torch.eye(T, T + D).to(v)[None, :, None]
         columns = [attend(q, k, identity[..., j:j + D].expand_as(v)) for j in range(0, T, D)]
         maps.append(torch.cat(columns, dim=-1)[0, ..., :T].transpose(0, 1).float().cpu())
@@ -1531,10 +1543,11 @@ loss, minus the log of the probability it was given, in nats. Choose one, by poi
 the table has what comes next in its view, after so many blocks (logit lens). ✓ is what came.</p>
 <div id="line" dir="auto"></div><p id="chosen" aria-live="polite"></p><table id="next"></table>
 <h2>Where its heads look</h2>
-<p>A row is a token that looks, a column the token looked at. Choose a head: the line above is then
-underlined where the chosen token looks. A head has a name when 0.4 of its attention, from the ninth
-token on, goes to the token before, the first token, earlier ones of the same kind, or what came
-after those (induction). Worth: how much the best model's validation loss rises without it.</p>
+<p>2.1 is the first head of block 2. A row is a token that looks, a column the token looked at.
+Choose a head, and the line above is underlined where the chosen token looks. It has a name when 0.4
+of its attention, from the ninth token on, goes to the token before, the first token, earlier ones
+of the same kind, or what came after those (induction). Worth: how much the best model's validation
+loss rises without it.</p>
 <div id="heads"></div><h2>What it writes</h2>
 <p>The likeliest end of the line after its eighth token, then samples at temperature 0.8. <mark>
 Marked</mark>: 20 characters or more of the training text. Pieces about as long as those of the
@@ -1556,7 +1569,7 @@ function chart(at, title, names) { // a line for each name, over the positions o
   return `<figure><svg viewBox="0 -1.02 ${end} 1.02" preserveAspectRatio="none" role="img">
     <path stroke="gray" d="M${at} 0V-1.02M0 0H${end}" />` + each(names, (name, n) =>
     `<path stroke-width="2" stroke="${COLORS[n]}" d="M${points(name)}" />`) +
-    `</svg><figcaption>${title} by stop, 0 to ${+high.toFixed(1)}: ` + each(names, (name, n) =>
+    `</svg><figcaption>${title} at each stop, 0 to ${+high.toFixed(1)}: ` + each(names, (name, n) =>
     `<b style="color: ${COLORS[n]}">${name} ${R[at][name] ?? ''}</b> `) + `</figcaption></figure>`
 }
 function marked([text, copied]) { // what belongs to a copied piece
@@ -1732,10 +1745,14 @@ def load_folder(source):
             download(f"https://huggingface.co/openai-community/{source}/resolve/main/{file}",
                      folder / file)
     try:
-        texts = {path.name: path.read_text("utf-8") for path in folder.glob("[a-z]*.json")}
+        names = "config.json", "generation_config.json", "tokenizer.json"
+        texts = {name: (folder / name).read_text("utf-8")
+                 for name in names if name == "config.json" or (folder / name).exists()}
         kind, config = config_in(json.loads(texts["config.json"]))
         whole = folder / "model.safetensors"
-        files = [whole] if whole.exists() else [*folder.glob("model-*.safetensors")] or [whole]
+        files = [whole] if whole.exists() else [*folder.glob("model-*.safetensors")]
+        if not files:
+            raise Error("there is no model.safetensors")
         bare = functools.partial(re.sub, r"^(transformer|model)\.", "")  # a GPT2Model's has none
         found = {bare(name): tensor for path in files for name, tensor in read_safetensors(path)}
         with torch.device("meta"):  # shapes without memory: a wrong config.json costs none
@@ -1743,7 +1760,7 @@ def load_folder(source):
                       for name, views in their_weights(GPT(config), kind).items()}
         ignored = re.compile(r"\.attn\.(masked_)?bias$|\.inv_freq$|^lm_head\.weight$")
         shapes = {name: tensor.shape for name, tensor in found.items()}
-        for name, _ in wanted.items() ^ shapes.items():  # what only one of them says
+        for name, _ in wanted.items() ^ shapes.items():  # missing, or not of this shape
             if name in wanted or not ignored.search(name):
                 raise Error(f"{name} is {shapes.get(name)}, in this {kind} {wanted.get(name)}")
         model = GPT(config).eval()
@@ -1772,14 +1789,15 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eot, self.ends = (ends or [None])[0], set(ends)
         self.first = ends[:1] or self.encode("\n").tolist()[:1] or [0]
         self.tokens = [b""] * size  # a model may have more ids than its tokenizer
-        spelt = {"▁": b" "} | {f"<0x{b:02X}>": bytes([b]) for b in range(256)}
-        added = []
+        spelt, added = {"▁": b" "}, []
         if '"ByteLevel"' in text:
             spelt = {letter: bytes([b]) for b, letter in enumerate(BYTE_LETTERS)}
             added = self.encoding.get_added_tokens_decoder()  # these are not spelt so
         for name, i in self.encoding.get_vocab().items():
-            parts = [name] if i in added else re.findall("(?s)<0x..>|.", name)
+            parts = [name] if i in added else name
             self.tokens[i] = b"".join(spelt.get(part) or part.encode() for part in parts)
+            if "▁" in spelt and re.fullmatch("<0x[0-9A-Fa-f]{2}>", name):
+                self.tokens[i] = bytes.fromhex(name[3:5])
 
     def encode(self, text, special=False):
         self.encoding.encode_special_tokens = not special
@@ -1800,6 +1818,9 @@ def folder_tokenizer(texts, kind, size):
         ids = json.loads(texts.get(name, "{}")).get("eos_token_id")
         ends += ids if isinstance(ids, list) else [ids]
     ends = [i for i in dict.fromkeys(ends) if i in range(size)]
+    model = json.loads(texts["tokenizer.json"])["model"]
+    if model.get("merges") == [] and [*model["vocab"]] == sorted("".join(model["vocab"])):
+        return CharTokenizer(model["vocab"])  # theirs would leave out what it does not know
     return HuggingFaceTokenizer(texts["tokenizer.json"], ends, size)
 
 def tokenizer_out(tokenizer):
@@ -1854,7 +1875,7 @@ def export(s):
 def say(text, end="\n", stream="stdout"):
     """Print at once. If nobody reads it any more, go on in silence."""
     try:
-        print(text, end=end, file=getattr(sys, stream), flush=True)
+        print(text, end=end, file=getattr(sys, stream) or io.StringIO(), flush=True)
     except (OSError, ValueError):
         setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))
 
@@ -1882,8 +1903,8 @@ def make_parser():
         about = dict(help=function.__doc__, description=function.__doc__)
         sub = commands.add_parser(command, usage=f"gpt.py {command} [options]", allow_abbrev=False,
                                   argument_default=argparse.SUPPRESS, **about)
-        own_first = function.settings.__annotations__ | function.settings.__dataclass_fields__
-        for name, f in own_first.items():
+        for name in function.__signature__.parameters:
+            f = function.settings.__dataclass_fields__[name]
             flags = sorted({"--" + name.replace("_", "-"), "--" + name})
             flags = [name] if name == "folder" else flags  # export's
             how = dict(action=Once, metavar=f.metadata["choices"] or f.type.__name__.upper())
@@ -1903,7 +1924,9 @@ def main(argv=None):
         words, unknown = make_parser().parse_known_args(argv)
         if unknown and not unknown[0].startswith("--"):
             raise Error(f"{unknown[0]!r:.100} was not expected; a text to learn is --data's")
-        given = vars(words) | {word.split("=")[0]: None for word in unknown[:1]}
+        given = vars(words)
+        if unknown:  # the settings know what is close to it
+            given[unknown[0].split("=")[0]] = None
         function = COMMANDS[given.pop("command")]
         train.started = STARTED if argv is None else None
         result = function(**given)

@@ -103,6 +103,7 @@ FILES = {"bad.txt": b"fine \xff", "d/.hidden.txt": b"hidden",
          "bad.jsonl": b'{"text": "fine"}\n["text"]\n', "key.jsonl": b'{"content": "no text"}\n'}
 BAD = {"train": [
     ("--n-layr 3", "did you mean n_layer"), ("--epochs 3", "did you mean steps"),
+    ("--max-iters 3", "did you mean steps"),
     ("--lr nan", "lr must"), ("--n-layer 2.5", "type int from 0"), ("--mlp reglu", "relu2"),
     ("--n-embd 30", "not divisible"), ("--n-kv-head 3", "multiple"),
     ("--steps 5 --minutes 1", "one of them"), ("--steps 5 --steps 6", "twice"),
@@ -808,6 +809,7 @@ def test_an_exported_run_has_the_same_logits_and_token_ids_there(arch, changes, 
     back, ours = gpt.load_model("b")
     assert equal(model.state_dict(), back.state_dict()) and ours.tokens == tokenizer.tokens
     assert their.eos_token_id == tokenizer.eot == ours.eot
+    assert isinstance(ours, gpt.CharTokenizer) == (kind == "char")  # it refuses what it cannot read
     text = STRANGE + INPUT[-20_000:]
     ids = tokenizer.encode(text, special=True).tolist()
     assert their(text).input_ids == ids == ours.encode(text, special=True).tolist()
