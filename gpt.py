@@ -1543,11 +1543,10 @@ loss, minus the log of the probability it was given, in nats. Choose one, by poi
 the table has what comes next in its view, after so many blocks (logit lens). ✓ is what came.</p>
 <div id="line" dir="auto"></div><p id="chosen" aria-live="polite"></p><table id="next"></table>
 <h2>Where its heads look</h2>
-<p>2.1 is the first head of block 2. A row is a token that looks, a column the token looked at.
-Choose a head, and the line above is underlined where the chosen token looks. It has a name when 0.4
-of its attention, from the ninth token on, goes to the token before, the first token, earlier ones
-of the same kind, or what came after those (induction). Worth: how much the best model's validation
-loss rises without it.</p>
+<p>2.1 is the first head of block 2. A row is a token that looks, a column one that is looked at.
+Choose one: the line above is underlined where the chosen token looks. It has a name when 0.4 of its
+attention, from the ninth token on, goes to the token before, the first token, earlier equal ones,
+or what came after those (induction). Worth: the rise of the validation loss without it.</p>
 <div id="heads"></div><h2>What it writes</h2>
 <p>The likeliest end of the line after its eighth token, then samples at temperature 0.8. <mark>
 Marked</mark>: 20 characters or more of the training text. Pieces about as long as those of the
