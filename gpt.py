@@ -86,14 +86,22 @@ class Settings:
 
     @classmethod
     def make(cls, given):
-        """One from the names and values that a command was given."""
+        """One from the names and values that a command was given; it remembers them."""
         known = cls.__dataclass_fields__
         for name in given.keys() - known.keys():
             plain = re.sub("epochs|max_iters", "steps", name.strip("-").replace("-", "_"))
             near = difflib.get_close_matches(plain, known, 1)
             hint = f"did you mean {near[0]}?" if near else "--help lists what there is"
             raise Error(f"there is no setting {name!r:.100}; {hint}")
-        return cls(**given)
+        given = {name: checked(known[name], value) for name, value in given.items()}
+        s = cls(**cls.complete(given))
+        s.given = given
+        return s
+
+    @classmethod
+    def complete(cls, given):
+        """What was given, and the defaults that depend on it."""
+        return given
 
 COMMANDS = {}  # name -> function
 
@@ -101,6 +109,7 @@ def command(settings, name):
     """Make a function of a `settings` a command of the shell, and a function of its fields."""
     known = settings.__dataclass_fields__
     names = settings.__annotations__ | known  # its own come first
+
     def decorate(function):
         @functools.wraps(function)
         def call(**given):
@@ -208,20 +217,17 @@ class Training(Machine, Config):
     checkpoint_activations: bool = setting(False, "recompute activations: slower, less memory")
 
     @classmethod
-    def make(cls, given):
+    def complete(cls, given):
         """What was given beats size, which beats arch, which beats the defaults above."""
-        known = cls.__dataclass_fields__
-        given = {n: checked(known[n], v) if n in known else v for n, v in given.items()}
         arch, size = given.get("arch", cls.arch), given.get("size", "auto")
         if size == "auto":
             cpu = pick_device(given.get("device", "auto")).type == "cpu"
             size = "tiny" if cpu or arch == "bigram" else "baby"
-        presets = ARCHS.get(arch, {}) | SIZES.get(size, {})
-        s = super().make(presets | given | {"size": size})
-        if arch in ("llama", "qwen3") and "n_kv_head" not in given and s.n_head % 2 == 0:
-            s.n_kv_head = s.n_head // 2
-        s.given = given
-        return s
+        settings = ARCHS[arch] | SIZES[size] | given | {"size": size}
+        heads = settings.get("n_head", cls.n_head)
+        if arch in ("llama", "qwen3") and heads % 2 == 0:
+            settings.setdefault("n_kv_head", heads // 2)
+        return settings
 
 # --- Tokenizers ----------------------------------------------------------------------------------
 # A model reads whole numbers. A tokenizer is a list of byte strings, one a number, and a way to
@@ -271,7 +277,7 @@ class BPETokenizer(Tokenizer):
         self.tokens = [t.encode("latin-1") if isinstance(t, str) else t for t in tokens]
         self.eot = len(tokens) - 1
         self.ends, self.first = {self.eot}, [self.eot]
-        self.ranks = ranks = {token: i for i, token in enumerate(self.tokens[:-1])}
+        ranks = {token: i for i, token in enumerate(self.tokens[:-1])}
         import tiktoken
         self.encoding = tiktoken.Encoding("gpt.py", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
                                           special_tokens={"<|endoftext|>": self.eot})
@@ -910,7 +916,8 @@ class Run:
         if checkpoint:
             for optimizer, state in zip(self.optimizers, checkpoint["optimizer"]):
                 optimizer.load_state_dict(state)
-            self.scaler.load_state_dict(checkpoint["scaler"] or self.scaler.state_dict())
+            if checkpoint["scaler"]:  # one that was not in use has nothing
+                self.scaler.load_state_dict(checkpoint["scaler"])
             self.step = self.looked_step = checkpoint["step"]
             self.best, self.last["val_loss"] = checkpoint["best"], checkpoint["val_loss"]
             self.began -= checkpoint["seconds"]
@@ -1309,12 +1316,13 @@ def read_lines(path):
 def logit_lens(model, idx):
     """Ids (T,) -> the next token's probabilities as each layer has them, (n_layer + 1, T, V), from
     the bare embedding on: the head reads a stream that is not finished."""
-    blocks, logits = model.blocks, []
-    for n in range(len(blocks) + 1):
-        model.blocks = blocks[:n]
-        logits.append(model(idx[None]))
-    model.blocks = blocks
-    return torch.cat(logits).float().cpu().softmax(dim=-1)
+    streams = []
+    hooks = [part.register_forward_hook(lambda _, inputs, output: streams.append(output))
+             for part in (model.dropout, *model.blocks)]
+    model(idx[None], last=True)
+    for hook in hooks:
+        hook.remove()
+    return torch.cat([model.head(model.norm(x)) for x in streams]).float().cpu().softmax(dim=-1)
 
 @torch.no_grad()
 def attention_maps(model, idx):
@@ -1323,7 +1331,7 @@ def attention_maps(model, idx):
     attends, calls, maps = [block.attn.attend for block in model.blocks], [], []
     for block, attend in zip(model.blocks, attends):
         block.attn.attend = lambda *qkv, attend=attend: calls.append(qkv) or attend(*qkv)
-    model(idx[None])
+    model(idx[None], last=True)
     for block, attend, (q, k, v) in zip(model.blocks, attends, calls):
         block.attn.attend = attend
         T, D = len(idx), v.size(-1)
@@ -1347,20 +1355,22 @@ def look_at(model, tokenizer, idx):
     probs, maps, idx = logit_lens(model, idx), attention_maps(model, idx), idx.cpu()
     losses = -probs[-1, :-1].gather(-1, idx[1:, None]).log()[:, 0]
     visible = str.maketrans("\n \t\r\u200b\u00a0", "⏎·⇥␍∅⍽")
-    words = [t.decode("utf-8", "backslashreplace").translate(visible) or "∅"
-             for t in tokenizer.tokens]
+
+    def word(i):
+        text = tokenizer.tokens[i].decode("utf-8", "backslashreplace")
+        return text.translate(visible) or "∅"
 
     def likeliest(layer, n):
-        top = layer.topk(min(n, len(words)))  # (T, n)
+        top = layer.topk(min(n, layer.size(-1)))  # (T, n)
         rows = zip(top.indices.tolist(), top.values.tolist())
-        return [[[words[i], p] for i, p in zip(*row)] for row in rows]
+        return [[[word(i), p] for i, p in zip(*row)] for row in rows]
 
     def head(name, probs):  # a character from 0 to o for each 64th, row by row to the diagonal
         codes = (probs[torch.ones_like(probs).tril() > 0] * 63 + 48).round().byte()
         return {"name": name, "worth": "", "role": head_role(probs, idx),
                 "map": bytes(codes.tolist()).decode()}
 
-    return {"text": [words[i] for i in idx.tolist()], "loss": [0.0, *losses.tolist()],
+    return {"text": [word(i) for i in idx.tolist()], "loss": [0.0, *losses.tolist()],
             "lens": [*(likeliest(layer, 1) for layer in probs[:-1]), likeliest(probs[-1], 5)],
             "heads": [[head(f"{l}.{h}", probs) for h, probs in enumerate(layer, 1)]
                       for l, layer in enumerate(maps, 1)]}
@@ -1748,8 +1758,7 @@ def load_folder(source):
         texts = {name: (folder / name).read_text("utf-8")
                  for name in names if name == "config.json" or (folder / name).exists()}
         kind, config = config_in(json.loads(texts["config.json"]))
-        whole = folder / "model.safetensors"
-        files = [whole] if whole.exists() else [*folder.glob("model-*.safetensors")]
+        files = [*folder.glob("model.safetensors")] or [*folder.glob("model-*.safetensors")]
         if not files:
             raise Error("there is no model.safetensors")
         bare = functools.partial(re.sub, r"^(transformer|model)\.", "")  # a GPT2Model's has none
