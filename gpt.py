@@ -1882,8 +1882,10 @@ def export(s):
 
 def say(text, end="\n", stream="stdout"):
     """Print at once. If nobody reads it any more, go on in silence."""
+    file = getattr(sys, stream) or io.StringIO()
+    known = getattr(file, "encoding", None) or "utf-8"  # a terminal may not know every letter
     try:
-        print(text, end=end, file=getattr(sys, stream) or io.StringIO(), flush=True)
+        print(text.encode(known, "replace").decode(known), end=end, file=file, flush=True)
     except (OSError, ValueError):
         setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))
 
@@ -1926,8 +1928,6 @@ def make_parser():
 
 def main(argv=None):
     """Run a command -> exit code: 0 done, 2 the request was wrong, 1 it failed, 128 + signal."""
-    with contextlib.suppress(AttributeError):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may not know every letter
     try:
         words, unknown = make_parser().parse_known_args(argv)
         if unknown and not unknown[0].startswith("--"):

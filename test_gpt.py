@@ -927,9 +927,11 @@ def test_importing_is_quiet_does_nothing_and_needs_only_torch(option, missing):
 sys.path.insert(0, {str(HERE)!r}); import gpt
 print(os.listdir(), bool(gpt.NO_KERNELS), gpt.torch.cuda.is_initialized())
 gpt.train(data='text.txt', steps=2, n_layer=1, n_embd=16, n_head=2, device='cpu')
-gpt.sample(tokens=3)"""
-    code, out, err = process(python=["-W", "error", option, "-c", code])
+gpt.sample(tokens=3); gpt.say('\\xe9')"""
+    ascii = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    code, out, err = process(python=["-W", "error", option, "-c", code], env=ascii)
     assert code == 0 and out.startswith(f"['text.txt'] {'kernels' in missing} False\n"), err
+    assert out.endswith("\n?\n")
 
 def test_world_size_without_torchrun_is_one_line():
     code, _, err = process(*flags(), env={**os.environ, "WORLD_SIZE": "2"})
