@@ -839,7 +839,7 @@ def train(s):
         libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
     if s.dtype == "auto":  # TF32 on a GPU; oneDNN on a CPU, float32 there too unless it has AMX
         torch.set_float32_matmul_precision("medium" if device.type == "cpu" else "high")
-    with interruptible() as signals, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         rank, world = join_processes(device, stack)
         old = tokenizer = checkpoint = None
         if s.resume:
@@ -870,6 +870,7 @@ def train(s):
         model = GPT(s)
         if old:
             model.load_state_dict(old.state_dict())
+        signals = stack.enter_context(interruptible())  # until here there is nothing to save
         return Run(s, model, text, device, rank, world, signals, checkpoint).loop()
 
 def inherit(s, settings, may_change):
