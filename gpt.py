@@ -619,8 +619,8 @@ def read_pieces(paths, size=1 << 17):
                     cut = piece.match(text).end()
                     yield text[:cut]
                     rest = text[cut:]
-        except UnicodeDecodeError:
-            raise Error(f"{path}: not UTF-8 text") from None
+        except (UnicodeDecodeError, OSError) as e:
+            raise Error(f"{path}: {getattr(e, 'strerror', 'not UTF-8 text')}") from None
 
 def read_jsonl(file):
     for number, line in enumerate(file, 1):
