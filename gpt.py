@@ -120,7 +120,7 @@ def command(settings, name):
             except OSError as e:
                 raise Error(f"{e.filename or name}: {e.strerror or first_line(e)}") from None
             except (MemoryError, RuntimeError) as e:
-                if "memory" not in repr(e).lower():
+                if "memory" not in repr(e).lower().replace("illegal memory", ""):
                     raise
                 raise Failure("out of memory: try a smaller batch_size (with a larger accum), "
                               "checkpoint_activations, a smaller block_size or size") from None
