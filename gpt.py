@@ -83,6 +83,8 @@ class Settings:
     def __post_init__(self):
         for f in fields(self):
             setattr(self, f.name, checked(f, getattr(self, f.name)))
+        if "out" in vars(self):
+            self.out = os.path.expanduser(self.out)  # a shell leaves the ~ of --out=~/run
 
     @classmethod
     def make(cls, given):
