@@ -1185,9 +1185,9 @@ def sample(s):
 def read_prompt(prompt):
     """The text that a prompt stands for."""
     if prompt == "-":
-        text = sys.stdin.buffer.read()
+        text = sys.stdin.buffer.read() if sys.stdin else b""
     elif prompt.startswith("@") and not prompt.startswith("@@"):
-        text = Path(prompt[1:]).expanduser().read_bytes()
+        text = Path(os.path.expanduser(prompt[1:])).read_bytes()
     else:
         return whole_characters(prompt.removeprefix("@"))
     return text.decode("utf-8-sig", "replace").removesuffix("\n")  # echo's, or an editor's
@@ -1265,7 +1265,7 @@ def find_run(out):
 
 def load_model(source):
     """Open whatever `init` may name -> (model, tokenizer)."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if source in GPT2_SIZES or (path / "config.json").is_file():
         return load_folder(source)
     path = find_run(path) if path.is_dir() else path
@@ -1750,7 +1750,7 @@ def write_safetensors(path, weights):
 
 def load_folder(source):
     """A Hugging Face folder, or the name of a GPT-2 -> (model, tokenizer; None if it has none)."""
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     if source in GPT2_SIZES:
         folder = cache_folder() / source
         for file in ("config.json", "model.safetensors"):
@@ -1861,7 +1861,7 @@ class Export(Trained):
 @command(Export, "export")
 def export(s):
     """write a Hugging Face folder"""
-    folder = Path(s.folder).expanduser()
+    folder = Path(os.path.expanduser(s.folder))
     if not s.folder or folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise Error(f"export: {s.folder!r:.100} is there already; name a new or an empty folder")
     model, tokenizer = load_model(s.init or find_run(s.out))
