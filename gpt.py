@@ -44,7 +44,7 @@ except Exception as e:  # a broken driver or compiler may fail in any way
 # Shapes: B batch, T time (tokens), C channels (n_embd), H heads, D head size, V vocabulary.
 
 # --- Settings ------------------------------------------------------------------------------------
-# Each is declared once, here. The command line, its help and its checks come from these fields.
+# Each is declared once, as a field; the command line, its help and its checks come from it.
 
 class Error(ValueError):
     """One line for the user: a request that cannot be met."""
@@ -88,7 +88,7 @@ class Settings:
 
     @classmethod
     def make(cls, given):
-        """One from the names and values that a command was given; it remembers them."""
+        """The settings that a command's arguments make; these are kept as `given`."""
         known = cls.__dataclass_fields__
         for name in given.keys() - known.keys():
             plain = re.sub("epochs|max_iters", "steps", name.strip("-").replace("-", "_"))
@@ -108,9 +108,9 @@ class Settings:
 COMMANDS = {}  # name -> function
 
 def command(settings, name):
-    """Make a function of a `settings` a command of the shell, and a function of its fields."""
+    """Make f(settings) a command of the shell, and in Python a function of the fields."""
     known = settings.__dataclass_fields__
-    names = settings.__annotations__ | known  # its own come first
+    names = settings.__annotations__ | known  # inherited ones come last
 
     def decorate(function):
         @functools.wraps(function)
@@ -151,9 +151,9 @@ class Config(Settings):
     qk_norm: bool = setting(True, "RMSNorm on queries and keys, so that no score grows too large")
     bias: bool = setting(False, "biases in linear layers and LayerNorm")
     tie: bool = setting(False, "the head shares the embedding's weights")
-    rope_theta: float = setting(10000.0, "RoPE: the longest wavelength is 2 pi times this", 1)
+    rope_theta: float = setting(10000.0, "RoPE: pair i turns by this^(-2 i / head_dim) a token", 1)
     norm_eps: float = setting(1e-6, "added to the mean square inside norms")
-    dropout: float = setting(0.0, "share of what blocks add that training zeroes", 0, 0.99)
+    dropout: float = setting(0.0, "share of the stream's inputs that training zeroes", 0, 0.99)
 
     def __post_init__(self):
         super().__post_init__()
@@ -161,7 +161,7 @@ class Config(Settings):
             raise Error(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.n_kv_head = self.n_kv_head or self.n_head
-        gated = math.ceil(self.n_embd * 8 / 3 / 32) * 32  # three matrices hold as much as two of 4
+        gated = math.ceil(self.n_embd * 8 / 3 / 32) * 32  # 3 matrices x 8/3 = 2 x 4
         self.mlp_hidden = self.mlp_hidden or (gated if self.mlp == "swiglu" else 4 * self.n_embd)
         if self.n_head % self.n_kv_head:
             raise Error(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
@@ -194,7 +194,7 @@ STEPS = {"tiny": 1900, "baby": 2500}  # if neither steps nor minutes are given; 
 
 @dataclass
 class Training(Machine, Config):
-    """A run."""
+    """The settings of `train`."""
     data: list = setting("input.txt", "files (.txt, .jsonl with a `text` a line), folders, globs")
     out: str = setting("out", "folder of the run")
     steps: int = setting(None, "length (default: the size's, or until the text is seen 5 times)", 1)
@@ -213,7 +213,7 @@ class Training(Machine, Config):
     weight_decay: float = setting(0.1, "how much of a matrix a step takes away, times the rate")
     grad_clip: float = setting(1.0, "longest gradient (2-norm) that a step follows; 0 is off")
     warmup: int = setting(0, "steps over which the learning rate rises")
-    eval_every: int = setting(None, "steps between looks: evaluation, log, probe, checkpoint", 1)
+    eval_every: int = setting(None, "steps between evaluations (default: about 30 in a run)", 1)
     probe: str = setting(None, "a text to watch the model read (default: a line; '': none)")
     compile: str = setting("auto", "torch.compile; auto: on CUDA", choices="auto|on|off")
     checkpoint_activations: bool = setting(False, "recompute activations: slower, less memory")
@@ -236,10 +236,14 @@ class Training(Machine, Config):
 # cut a text into them.
 
 class Tokenizer:
-    """What every tokenizer has: `tokens`, the bytes of each id; `eot`, the id that ends a document,
-    or None; `ends`, the ids that end a sample; `first`, the ids that a text without a prompt begins
-    with; `train(texts, vocab_size)` makes one; `encode(text, special)` -> ids (T,), where `special`
-    makes <|endoftext|> one token; and `state()`, its kind and the arguments that make it again."""
+    """What every tokenizer has:
+    tokens   the bytes of each id
+    eot      the id between documents, or None
+    ends     the ids that end a sample
+    first    the ids that begin one without a prompt
+    train    (texts, vocab_size) -> a tokenizer
+    encode   (text, special) -> ids (T,); with special, <|endoftext|> is one token
+    state    () -> its kind, and the arguments that make it again"""
     eot, ends = None, set()
 
     def decode(self, ids):
@@ -272,6 +276,8 @@ class CharTokenizer(Tokenizer):
     def state(self):
         return {"kind": "char", "chars": self.chars}
 
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
 class BPETokenizer(Tokenizer):
     """Byte-pair encoding of UTF-8, as in GPT-2: any text can be written, and tiktoken does the
     merging. `tokens` are in the order in which merges made them; the last is <|endoftext|>."""
@@ -292,7 +298,7 @@ class BPETokenizer(Tokenizer):
         if 0 < vocab_size < 257:
             raise Error(f"vocab_size {vocab_size}: bpe needs 256 bytes and the end of text")
         tokens = [bytes([i]) for i in range(256)]
-        words, pairs = Counter(), Counter()  # how often they occur; chr(i) stands for tokens[i]
+        words, pairs = Counter(), Counter()  # how often each occurs; chr(i) is tokens[i]
         read = 0
 
         def count(word, n):
@@ -340,7 +346,6 @@ class GPT2Tokenizer(BPETokenizer):
         return cls([theirs.decode_single_token_bytes(i) for i in range(theirs.n_vocab)])
 
 TOKENIZERS = {"char": CharTokenizer, "bpe": BPETokenizer, "gpt2": GPT2Tokenizer}
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 def tokenizer_from(state):
     """A tokenizer from what a checkpoint keeps of it."""
@@ -374,7 +379,7 @@ def attention(q, k, v):
 def torch_attention(q, k, v):
     """The same by torch's own kernels, for where kernels.py is not."""
     TQ, TK, groups = q.size(1), k.size(1), q.size(2) // k.size(2)
-    if 1 < TQ < TK:  # never in training or sampling; is_causal would align it top left
+    if 1 < TQ < TK:  # never in training or sampling; is_causal's mask is aligned top left
         return attention(q, k, v)
     if groups > 1:
         k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
@@ -382,7 +387,7 @@ def torch_attention(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=TQ == TK).transpose(1, 2)
 
 def choose_attention(model, impl, dtype, batch_size=1):
-    """Let the blocks use the attention that suits this machine, or `impl` -> what it is, and why.
+    """Let the blocks use `impl`, or the attention that suits this machine -> what it is, in words.
     It must agree with each block's own, for all queries and for the last alone, as in sampling:
     so a change to the definition is never silently ignored."""
     c, device = model.config, next(model.parameters()).device
@@ -400,7 +405,7 @@ def choose_attention(model, impl, dtype, batch_size=1):
             raise Error(f"attention {impl}: {e}") from None
     T, definitions = min(c.block_size, 4096), {b.attn.attend for b in model.blocks} - {attend}
     q, k, v = torch.randn(3, 1, T, 1, max(16, c.head_dim), device=device, dtype=dtype)
-    v[:, 0] *= T ** 0.5  # so that a window shows, if it hides this key from one query
+    v[:, 0] *= T ** 0.5  # large, so that hiding it from one query already shows
     for definition, queries in itertools.product(definitions, (q, q[:, -1:])):
         own = definition(queries.float(), k.float(), v.float())
         error = (attend(queries, k, v) - own).norm(dim=-1) / own.norm(dim=-1)
@@ -418,7 +423,7 @@ def make_norm(config):
 def apply_rope(x, cos, sin):
     """RoPE (Su et al., 2021): turn each pair (x[i], x[i + D/2]) by its position's angle, so that
     the product of a query and a key depends on how far apart they stand, not on where.
-    x (B, T, H, D); cos, sin (T, 1, D): (a, b) -> (a cos - b sin, b cos + a sin)."""
+    x (B, T, H, D): (a, b) -> (a cos - b sin, b cos + a sin); `sin` (T, 1, D) holds that minus."""
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
 
 class Attention(nn.Module):
@@ -440,12 +445,12 @@ class Attention(nn.Module):
     def forward(self, x, rope, cache):
         B, T, _ = x.shape
         q, k, v = (linear(x).view(B, T, -1, self.head_dim) for linear in (self.q, self.k, self.v))
-        q, k = self.q_norm(q.type_as(x)), self.k_norm(k.type_as(x))  # autocast gives x in float32
+        q, k = self.q_norm(q.type_as(x)), self.k_norm(k.type_as(x))  # float32 under autocast
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        q, k = q.type_as(v), k.type_as(v)
+        q, k = q.type_as(v), k.type_as(v)  # (B, T, H, D), (B, T, H_kv, D)
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)
+            k, v = cache.append(self.layer, k, v)  # (B, TK, H_kv, D)
         return self.out(self.attend(q, k, v).reshape(B, T, -1))
 
 class MLP(nn.Module):
@@ -488,7 +493,7 @@ class KVCache:
         """Keep k and v (B, T, H_kv, D) of new tokens -> those of all tokens of this layer."""
         stop = self.length + k.size(1)
         self.kv[layer, :, :, self.length:stop] = torch.stack((k, v))
-        return self.kv[layer, :, :, :stop].to(k.dtype)  # under autocast the cache is wider
+        return self.kv[layer, :, :, :stop].to(k.dtype)  # under autocast the cache is float32
 
 def next_token_loss(x, weight, targets):
     """Mean cross-entropy of the logits x @ weight^T: minus the log of the probability that was
@@ -514,10 +519,10 @@ class GPT(nn.Module):
             self.head.weight = self.embed.weight
         if c.pos == "rope":
             frequencies = c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
-            frequencies = torch.cat((-frequencies, frequencies))  # turns sin's sign, not cos's
+            frequencies = torch.cat((-frequencies, frequencies))  # the minus of apply_rope
             angles = torch.outer(torch.arange(c.block_size), frequencies)[:, None]  # (T, 1, D)
             self.register_buffer("rope", torch.stack((angles.cos(), angles.sin())), False)
-        self.checkpoint_activations = False  # how to train is the run's to say, not the shape's
+        self.checkpoint_activations = False  # a training run may set it
         self.init_weights()
 
     @torch.no_grad()
@@ -540,7 +545,7 @@ class GPT(nn.Module):
             nn.init.zeros_(self.head.weight)
 
     def forward(self, idx, targets=None, cache=None, last=False):
-        """With a cache, idx are the tokens after those that it holds. `last`: (B, 1, V) logits."""
+        """With a cache, idx are the tokens after those it holds. `last`: the last logits only."""
         start = cache.length if cache else 0
         stop = start + idx.size(1)
         x = self.embed(idx)  # (B, T, C)
@@ -556,7 +561,7 @@ class GPT(nn.Module):
         if cache:
             cache.length = stop
         if targets is not None:
-            return next_token_loss(self.norm(x), self.head.weight, targets)
+            return next_token_loss(self.norm(x), self.head.weight, targets)  # the head is in it
         return self.head(self.norm(x[:, -1:] if last else x))
 
 def count_parameters(model):
@@ -571,7 +576,6 @@ SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 def cache_folder():
-    """Where tokens and downloads are kept."""
     return Path(os.environ.get("GPT_CACHE") or Path.home() / ".cache" / "gpt")
 
 def download(url, path, sha256=None):
@@ -632,7 +636,7 @@ def read_jsonl(file):
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise Error(f"{file.name}: line {number} is no JSON object with a `text`") from None
 
-# ids (N,) are on disk; the fingerprint is theirs, whatever the files are called
+# ids (N,), mapped from disk; fingerprint, a hash of them; files, how many there are
 Tokens = namedtuple("Tokens", "ids tokenizer fingerprint files text_bytes")
 
 def load_tokens(data, tokenizer="char", vocab_size=0):
@@ -663,7 +667,7 @@ def write_tokens(paths, tokenizer, binary, about):
     digest, text_bytes = hashlib.sha256(), 0
     eot = torch.tensor([] if tokenizer.eot is None else [tokenizer.eot], dtype=torch.int32)
     with atomic(binary) as file:
-        for text in itertools.islice(read_pieces(paths), 1, None):  # nothing before the first
+        for text in itertools.islice(read_pieces(paths), 1, None):  # no eot before the first
             ids = eot if text is None else tokenizer.encode(text)
             ids = ids.to(id_dtype(tokenizer))
             raw = ctypes.string_at(ids.data_ptr(), ids.nbytes)
@@ -732,7 +736,7 @@ class Muon(torch.optim.Optimizer):
             nesterov = grad.lerp(momentum, group["momentum"])
             update = orthogonalise(nesterov).to(grad.dtype)
             lr = group["lr"] * max(1, rows / columns) ** 0.5
-            for p, step in zip(params, update):  # cautious: weights that the step makes smaller
+            for p, step in zip(params, update):  # cautious decay: where the step shrinks p too
                 p.mul_(1 - group["lr"] * group["weight_decay"] * (p * step > 0))
                 p.add_(step, alpha=-lr)
 
@@ -804,7 +808,7 @@ def interruptible():
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(ValueError):  # Python takes handlers from its main thread alone
             for number in signal.valid_signals() & {1, 2, 15}:  # SIGHUP, SIGINT, SIGTERM
-                if signal.getsignal(number) not in (None, signal.SIG_IGN):  # a C host's; nohup's
+                if signal.getsignal(number) not in (None, signal.SIG_IGN):  # set in C; by nohup
                     before[number] = signal.signal(number, stop)
                     stack.callback(signal.signal, number, before[number])
         yield received
@@ -817,7 +821,7 @@ def join_processes(device, stack):
         return 0, 1
     if "MASTER_ADDR" not in os.environ:
         raise Error("WORLD_SIZE is set without MASTER_ADDR: unset it, or use torchrun")
-    import torch.distributed.nn  # later it would hold the group, and its threads, to the end
+    import torch.distributed.nn  # imported later, it keeps the group and its threads alive
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
@@ -836,7 +840,7 @@ def train(s):
     if s.given.get("steps") and s.given.get("minutes"):
         raise Error("steps and minutes: give one of them")
     with contextlib.suppress(OSError, AttributeError, TypeError):
-        libc = ctypes.CDLL(None)  # Linux's keeps what is freed, instead of asking for it anew: 11 %
+        libc = ctypes.CDLL(None)  # glibc is to keep freed memory: training is 11 % faster
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
         libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
     if s.dtype == "auto":  # TF32 on a GPU; oneDNN on a CPU, float32 there too unless it has AMX
@@ -876,14 +880,14 @@ def train(s):
         return Run(s, model, text, device, rank, world, signals, checkpoint).loop()
 
 def inherit(s, settings, may_change):
-    """The settings of a model or a run, of which only some may have been given otherwise."""
+    """s with a model's or a run's settings, of which only `may_change` can be given anew."""
     for name in (s.given.keys() & settings.keys()) - may_change:
         if s.given[name] != settings[name]:
             raise Error(f"{name} is {settings[name]} there; it cannot be {s.given[name]!r:.100}")
     return Training(**(asdict(s) | settings | s.given))
 
 def fit_to_text(s, text, world):
-    """Settle what depends on the text: the vocabulary, and how long a run is worth its while."""
+    """Fill in what depends on the text: the vocabulary, and how many steps if none were given."""
     V, N = len(text.tokenizer.tokens), len(split(text.ids)[0])
     if s.vocab_size not in (0, V) and (s.vocab_size < V or s.tokenizer != "bpe"):
         raise Error(f"vocab_size {s.vocab_size}: this tokenizer has {V} tokens")
@@ -908,14 +912,15 @@ class Run:
         model.to(device, torch.float64 if self.dtype == torch.float64 else torch.float32)
         model.checkpoint_activations = s.checkpoint_activations
         attention = choose_attention(model, s.attention, self.dtype, s.batch_size)
-        self.forward = self.eval_model = model  # one may be compiled, the other averaged
+        self.forward = model  # below it may be compiled
         self.optimizers = make_optimizers(model, s)
         # float16 loses small gradients: the loss is multiplied before the backward pass
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.step, self.looked_step, self.best = 0, -1, math.inf
         self.last = {"train_loss": None, "lr": 0.0, "grad_norm": None, "val_loss": math.nan}
-        self.progress, self.longest, self.skipped = 0.0, 0.0, 0
-        self.began = self.looked = self.saved = vars(train).pop("started", None) or time.monotonic()
+        self.progress, self.longest_look, self.skipped = 0.0, 0.0, 0  # seconds; steps in a row
+        started = vars(train).pop("started", None)  # the shell's command, in `main`
+        self.began = self.looked = self.saved = started or time.monotonic()
         if checkpoint:
             for optimizer, state in zip(self.optimizers, checkpoint["optimizer"]):
                 optimizer.load_state_dict(state)
@@ -944,7 +949,8 @@ class Run:
         if self.rank == 0:
             clean_folder(self.out, self.looked_step)
         while True:
-            before, (self.progress, stop) = self.progress, self.agree()
+            before = self.progress
+            self.progress, stop = self.synchronise()
             done = self.progress >= 1
             due = self.looked_step < self.step and (done or self.due(before))
             begun = time.monotonic()
@@ -957,16 +963,16 @@ class Run:
                 if done or stop:
                     raise
                 notice(f"{e}; training goes on")
-            self.longest = max(self.longest, time.monotonic() - begun)
+            self.longest_look = max(self.longest_look, time.monotonic() - begun)
             if done or stop:
                 return self.finish(stop)
             self.train_step()
 
-    def agree(self):
-        """-> (share of the run that is behind us, signal or 0), the same in all processes, which
-        wait for each other here."""
-        left = 60 * (self.s.minutes or 0) - 1.5 * self.longest - 0.3  # the end takes its time
-        progress = self.step / self.s.steps if self.s.steps else self.seconds() / max(1e-9, left)
+    def synchronise(self):
+        """-> (share of the run that is done, signal or 0), the same in all processes: they wait
+        for each other here."""
+        limit = 60 * (self.s.minutes or 0) - 1.5 * self.longest_look - 0.3  # leaves time to save
+        progress = self.step / self.s.steps if self.s.steps else self.seconds() / max(1e-9, limit)
         stop = self.signals[0] if self.signals else 0
         if self.world > 1:
             both = torch.tensor([progress, stop], dtype=torch.float64, device=self.device)
@@ -975,10 +981,10 @@ class Run:
         return progress, int(stop)
 
     def due(self, before):
-        """Is it time to look? Where looks take long, they get a sixth of the minutes."""
+        """Is it time to look? Of a run in minutes, looks take a sixth at most."""
         if self.s.eval_every:
             return self.step % self.s.eval_every == 0
-        if self.s.minutes and time.monotonic() - self.looked < 5 * self.longest:
+        if self.s.minutes and time.monotonic() - self.looked < 5 * self.longest_look:
             return False
         even = int(20 * self.progress + 1e-9) > int(20 * before + 1e-9)  # twenty times in all
         return even or self.step & (self.step - 1) == 0  # 0, 1, 2, 4, 8, ...
@@ -989,7 +995,7 @@ class Run:
     def train_step(self):
         """The gradient of the loss over batch_size x accum x processes windows, then a step. All
         chance in it comes from (seed, step, rank): a run that goes on repeats it exactly."""
-        s, rate = self.s, lr_share(self.step, self.progress, self.s.warmup)
+        s, share = self.s, lr_share(self.step, self.progress, self.s.warmup)
         torch.manual_seed((s.seed + 7919 * self.step + 104_729 * self.rank) % 2 ** 64)  # dropout's
         shape = s.accum, self.world, s.batch_size
         windows = get_batch(self.train_ids, s.block_size, shape, self.rank, s.seed, self.step)
@@ -1000,19 +1006,19 @@ class Run:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf)
-        loss, norm = torch.stack((loss, norm.to(loss))).tolist()
+        loss, norm = torch.stack((loss, norm.to(loss))).tolist()  # waits for the GPU once
         self.skipped = 0 if math.isfinite(loss + norm) else self.skipped + 1
         if self.skipped == 20:
             raise Failure("20 steps in a row had no finite loss and gradient: try a lower lr, a "
                           "longer warmup or dtype float32; the checkpoint is from before")
         for optimizer in self.optimizers if not self.skipped else ():  # both step, or neither
             for group in optimizer.param_groups:
-                group["lr"] = rate * group.setdefault("peak", group["lr"])  # at first it is that
+                group["lr"] = share * group.setdefault("peak", group["lr"])  # at first the peak
             optimizer.step()
         self.scaler.update()
         self.model.zero_grad()
         self.step += 1
-        self.last |= {"train_loss": loss, "lr": s.lr * rate, "grad_norm": norm}
+        self.last |= {"train_loss": loss, "lr": s.lr * share, "grad_norm": norm}
 
     def backward(self, windows):
         """Add up the gradient of the mean loss over windows (rows, T + 1) -> that loss."""
@@ -1033,7 +1039,7 @@ class Run:
         most = 1 << (15 if self.device.type == "cpu" else 18)
         limit = max(8 * s.block_size, min(run_tokens // 600, most))
         with precision(self.device, self.dtype):
-            loss, _ = estimate_loss(self.eval_model, self.val_ids, None, s.batch_size, limit)
+            loss, _ = estimate_loss(self.model, self.val_ids, None, s.batch_size, limit)
         self.last["val_loss"] = loss
         if self.step and loss < self.best:
             self.best = loss
@@ -1054,19 +1060,18 @@ class Run:
 
     def save(self, name):
         """best.pt has what other commands need, ckpt.pt also what only training needs."""
-        state = {"format": FORMAT, "model": self.eval_model.state_dict(), "step": self.step,
+        state = {"format": FORMAT, "model": self.model.state_dict(), "step": self.step,
                  "settings": asdict(self.s), "tokenizer": self.text.tokenizer.state(),
                  "val_loss": self.last["val_loss"], "data_fingerprint": self.text.fingerprint}
         if name == "ckpt.pt":
             self.saved = time.monotonic()
-            state |= {"model": self.model.state_dict(), "scaler": self.scaler.state_dict(),
-                      "optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
-                      "seconds": self.seconds(), "best": self.best}
+            state |= dict(scaler=self.scaler.state_dict(), seconds=self.seconds(), best=self.best,
+                          optimizer=[optimizer.state_dict() for optimizer in self.optimizers])
         with atomic(self.out / name) as file:
             torch.save(state, file)
 
     def finish(self, stop):
-        self.agree()  # nobody leaves before the first process has saved
+        self.synchronise()  # nobody leaves before the first process has saved
         if self.last["val_loss"] > 1.02 * self.best:
             notice(f"best.pt keeps the lowest validation loss, {self.best:.4f}; after it the model "
                    "learnt by heart: more text, dropout or a smaller model would help")
@@ -1097,7 +1102,6 @@ class Trained(Settings):
 
 @dataclass
 class Sampling(Machine, Trained):
-    """What to write."""
     prompt: str = setting("", "text to go on from; @FILE reads a file (@@ is an @), - stdin")
     tokens: int = setting(500, "tokens to generate")
     temperature: float = setting(0.8, "0 is greedy; 1 is the model's own distribution")
@@ -1108,8 +1112,8 @@ class Sampling(Machine, Trained):
     cache: bool = setting(True, "keep keys and values of earlier tokens (the KV cache)")
 
 def sample_next(logits, s, generator):
-    """Draw ids (B,) from logits (B, V), as a Sampling says. Chance is the CPU's, in float32: every
-    device draws the same from the same."""
+    """Draw ids (B,) from logits (B, V), as s, a Sampling, says: on the CPU and in float32, so that
+    the same logits give the same ids on every device."""
     logits = logits.float().cpu()
     if not logits.amax(dim=-1).isfinite().all():
         raise Failure("the logits are not finite: trained too fast, or in too coarse a precision")
@@ -1127,8 +1131,8 @@ def sample_next(logits, s, generator):
 
 @torch.inference_mode()
 def generate(model, idx, s, generator=None):
-    """Continue idx (B, T) by s.tokens tokens, yielding each as ids (B,) on the CPU. When one finds
-    the context full, the newest block_size // 2 become the context, cache or not."""
+    """Continue idx (B, T) by s.tokens tokens, yielding each as ids (B,) on the CPU. Once idx is
+    longer than the context, its newest block_size // 2 go on, with a cache or without."""
     generator = generator or torch.Generator().manual_seed(s.seed)
     block_size = model.config.block_size
     idx = idx[:, -block_size:]
@@ -1160,7 +1164,7 @@ def stream_text(tokenizer, ids, stop=""):
 @command(Sampling, "sample")
 def sample(s):
     """generate text from a trained model"""
-    model, tokenizer, device, _ = open_model(s, half=True)
+    model, tokenizer, device, _ = open_model(s, sampling=True)
     if not s.init:
         notice(f"{model.origin}; --init {s.out}/ckpt.pt is the last step")
     prompt = read_prompt(s.prompt)
@@ -1175,7 +1179,7 @@ def sample(s):
         ids = (int(row) for row in generate(model, idx, s, generator))
         ids = itertools.takewhile(lambda i: i not in tokenizer.ends, ids)
         texts.append(prompt)
-        for pieces, piece in enumerate(stream_text(tokenizer, ids, s.stop), pieces):
+        for pieces, piece in enumerate(stream_text(tokenizer, ids, s.stop), pieces):  # n tokens + 1
             say(piece, end="")
             texts[-1] += piece
         say("")
@@ -1183,7 +1187,6 @@ def sample(s):
     return texts
 
 def read_prompt(prompt):
-    """The text that a prompt stands for."""
     if prompt == "-":
         text = sys.stdin.buffer.read() if sys.stdin else b""
     elif prompt.startswith("@") and not prompt.startswith("@@"):
@@ -1194,7 +1197,6 @@ def read_prompt(prompt):
 
 @dataclass
 class Evaluation(Machine, Trained):
-    """What to measure."""
     data: list = setting((), "text to evaluate on (default: the run's validation split)")
     stride: int = setting(None, "tokens between windows (default: block_size)", 1)
     batch_size: int = setting(32, "windows per forward pass", 1)
@@ -1257,7 +1259,7 @@ def read_checkpoint(path):
     return checkpoint
 
 def find_run(out):
-    """The checkpoint that speaks for a run."""
+    """A run's best checkpoint, else its last."""
     for path in (Path(out) / "best.pt", Path(out) / "ckpt.pt"):
         if path.exists():
             return path
@@ -1279,16 +1281,16 @@ def load_model(source):
     model.origin = f"{path}: step {checkpoint['step']}, loss {checkpoint['val_loss']:.4f}"
     return model.eval(), tokenizer
 
-def open_model(s, half=False):
+def open_model(s, sampling=False):
     """The model that `init` or `out` names -> (model, tokenizer, device, precision to call it in).
-    If `half`, its weights are in half precision: sampling, which waits for them, is faster."""
+    For sampling, whose speed is that of reading the weights, they too are in this precision."""
     device = pick_device(s.device)
     dtype = pick_dtype(s.dtype, device)
     model, tokenizer = load_model(s.init or find_run(s.out))
     if tokenizer is None:
         raise Error(f"{s.init}: there is no tokenizer in it that gpt.py can read")
-    model.to(device, dtype if half or dtype == torch.float64 else torch.float32)
-    one_query = half and s.attention == "auto" and device.type == "cpu"  # torch's is faster at it
+    model.to(device, dtype if sampling or dtype == torch.float64 else torch.float32)
+    one_query = sampling and s.attention == "auto" and device.type == "cpu"  # torch's is faster
     choose_attention(model, "sdpa" if one_query else s.attention, dtype)
     return model, tokenizer, device, dtype
 
@@ -1329,8 +1331,8 @@ def logit_lens(model, idx):
 
 @torch.no_grad()
 def attention_maps(model, idx):
-    """Ids (T,) -> where each token's attention goes, (H, T, T) for each block. It is the model's
-    own: what its attention makes of the identity in the place of v, D columns at a time."""
+    """Ids (T,) -> where each token's attention goes, (H, T, T) for each block: what the model's own
+    attention makes of the identity matrix as v, D columns at a time."""
     attends, calls, maps = [block.attn.attend for block in model.blocks], [], []
     for block, attend in zip(model.blocks, attends):
         block.attn.attend = lambda *qkv, attend=attend: calls.append(qkv) or attend(*qkv)
@@ -1349,8 +1351,8 @@ def head_role(probs, idx):
     kinds = {"token before": torch.eye(T).roll(1, 0).tril(-1), "first token": torch.eye(T)[0],
              "same token": same.tril(-1), "after the same": F.pad(same, (1, 0))[:, :T].tril(-1)}
     shares = {kind: (probs * where)[min(8, T // 2):].sum(-1).mean().item()
-              for kind, where in kinds.items()}
-    kind = max(shares, key=shares.get)
+              for kind, where in kinds.items()}  # without the first rows, which see little
+    kind = max(shares, key=shares.get)  # "after the same" is an induction head
     return f"{kind} {shares[kind]:.2f}" if shares[kind] >= 0.4 else ""
 
 def look_at(model, tokenizer, idx):
@@ -1401,7 +1403,7 @@ def probe_line(probe, tokenizer, unseen, block_size):
 
 def record_probe(run):
     """Add to probe.jsonl what the model makes of its line at this step, and what it writes."""
-    model, tokenizer, idx = run.eval_model, run.text.tokenizer, run.line.to(run.device)
+    model, tokenizer, idx = run.model, run.text.tokenizer, run.line.to(run.device)
     model.eval()
     record = {"step": run.step, "samples": []}
     with contextlib.suppress(Error), precision(run.device, run.dtype):  # logits not finite: no text
@@ -1436,7 +1438,6 @@ def bigram_loss(train, val, V):
 
 @dataclass
 class Inspection(Machine, Trained):
-    """At what to look."""
     probe: str = setting("", "look at this text, in the best model alone")
 
 @command(Inspection, "inspect")
@@ -1490,7 +1491,6 @@ def inspect(s):
 
 @dataclass
 class Ablation(Training):
-    """What to compare."""
     out: str = setting("out-ablate", "folder of the runs and of their table")
     vary: list = setting((), "n_head=1,2,4; 'n_head=1,2 n_layer=2,4' makes all four pairs")
     seeds: int = setting(1, "runs of each setting, with the seeds that follow seed", 1)
@@ -1803,7 +1803,7 @@ class HuggingFaceTokenizer(Tokenizer):
         spelt, added = {"▁": b" "}, []
         if '"ByteLevel"' in text:
             spelt = {letter: bytes([b]) for b, letter in enumerate(BYTE_LETTERS)}
-            added = self.encoding.get_added_tokens_decoder()  # these are not spelt so
+            added = self.encoding.get_added_tokens_decoder()  # these are plain text
         for name, i in self.encoding.get_vocab().items():
             parts = [name] if i in added else name
             self.tokens[i] = b"".join(spelt.get(part) or part.encode() for part in parts)
@@ -1855,7 +1855,6 @@ def tokenizer_out(tokenizer):
 
 @dataclass
 class Export(Trained):
-    """Where to."""
     folder: str = setting("", "folder to write, new or empty")
 
 @command(Export, "export")
@@ -1881,7 +1880,7 @@ def export(s):
     say(f"{folder} is written; in Python: AutoModelForCausalLM.from_pretrained({s.folder!r})")
 
 # --- Command line --------------------------------------------------------------------------------
-# Reports go to stdout, notices to stderr, and nothing that is wrong with them ends a run.
+# Reports go to stdout, notices to stderr; a run goes on when these are closed.
 
 def say(text, end="\n", stream="stdout"):
     """Print at once. If nobody reads it any more, go on in silence."""

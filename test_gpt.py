@@ -951,7 +951,7 @@ def test_pasted_into_a_notebook_it_says_what_to_call_and_works(monkeypatch, caps
 
 def test_what_the_readme_shows_runs(monkeypatch):
     monkeypatch.setattr(gpt, "pick_device", lambda name: torch.device("cpu"))
-    monkeypatch.setattr(gpt.Run, "agree", lambda run: (run.step / 2, 0))  # two steps are enough
+    monkeypatch.setattr(gpt.Run, "synchronise", lambda run: (run.step / 2, 0))  # two steps
     monkeypatch.setitem(gpt.SIZES, "tiny", dict(n_embd=16, block_size=16))
     for name in ("my.txt", "input.txt"):
         Path(name).write_text(TEXT + "MARA:")
