@@ -843,14 +843,14 @@ def train(s):
         libc = ctypes.CDLL(None)  # glibc is to keep freed memory: training is 11 % faster
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
         libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
-    if s.dtype == "auto":  # TF32 on a GPU; oneDNN on a CPU, float32 there too unless it has AMX
-        torch.set_float32_matmul_precision("medium" if device.type == "cpu" else "high")
     with contextlib.ExitStack() as stack:
         rank, world = join_processes(device, stack)
         old = tokenizer = checkpoint = None
         if s.resume:
             checkpoint = read_checkpoint(path)
             old, tokenizer = load_model(path)
+            if "optimizer" not in checkpoint:
+                raise Error(f"{path} has weights alone, like a best.pt: --init can use it")
             settings = asdict(old.config) | {"out": s.out}
             if {"steps", "minutes"} & s.given.keys():
                 settings |= {"steps": None, "minutes": None}
@@ -860,8 +860,8 @@ def train(s):
                         "another beside it, --overwrite replaces it")
         elif s.init:
             old, tokenizer = load_model(s.init)
-            if tokenizer and "tokenizer" in s.given:
-                raise Error("tokenizer: the model that init names brings its own")
+            if "arch" in s.given or tokenizer and "tokenizer" in s.given:
+                raise Error("arch, tokenizer: the model that init names brings its own")
             shape = {f.name: getattr(old.config, f.name) for f in fields(Config)}
             s = inherit(s, shape | {"dropout": 0.0, "lr": s.lr / 10}, {"dropout", "lr"})
         if rank:  # the first process tokenises; the others wait, and find it done
@@ -875,9 +875,11 @@ def train(s):
         torch.manual_seed(s.seed)
         model = GPT(s)
         if old:
-            model.load_state_dict(old.state_dict())
-        signals = stack.enter_context(interruptible())  # until here there is nothing to save
-        return Run(s, model, text, device, rank, world, signals, checkpoint).loop()
+            model.to(old.head.weight.dtype).load_state_dict(old.state_dict())
+        run = Run(s, model, text, device, rank, world, checkpoint)
+        del old, checkpoint  # they are as large as the run
+        with interruptible() as run.signals:  # before, there is nothing to save
+            return run.loop()
 
 def inherit(s, settings, may_change):
     """s with a model's or a run's settings, of which only `may_change` can be given anew."""
@@ -902,13 +904,16 @@ def fit_to_text(s, text, world):
 
 class Run:
     """A training run. `loop` says what it does, the other methods how."""
-    def __init__(self, s, model, text, device, rank, world, signals, checkpoint):
+    def __init__(self, s, model, text, device, rank, world, checkpoint):
         self.s, self.model, self.text, self.out = s, model, text, Path(s.out)
-        self.device, self.rank, self.world, self.signals = device, rank, world, signals
+        self.device, self.rank, self.world = device, rank, world
         self.train_ids, self.val_ids = split(text.ids)
         self.line = probe_line(s.probe, text.tokenizer, self.val_ids, s.block_size)
         self.tokens_per_step = s.batch_size * s.accum * world * s.block_size
         self.dtype = pick_dtype(s.dtype, device)
+        # TF32 on a GPU; oneDNN on a CPU, float32 there too unless it has AMX
+        fast = "medium" if device.type == "cpu" else "high"
+        torch.set_float32_matmul_precision(fast if s.dtype == "auto" else "highest")
         model.to(device, torch.float64 if self.dtype == torch.float64 else torch.float32)
         model.checkpoint_activations = s.checkpoint_activations
         attention = choose_attention(model, s.attention, self.dtype, s.batch_size)
@@ -1010,7 +1015,7 @@ class Run:
         self.skipped = 0 if math.isfinite(loss + norm) else self.skipped + 1
         if self.skipped == 20:
             raise Failure("20 steps in a row had no finite loss and gradient: try a lower lr, a "
-                          "longer warmup or dtype float32; the checkpoint is from before")
+                          "longer warmup or dtype float32")
         for optimizer in self.optimizers if not self.skipped else ():  # both step, or neither
             for group in optimizer.param_groups:
                 group["lr"] = share * group.setdefault("peak", group["lr"])  # at first the peak
@@ -1042,8 +1047,8 @@ class Run:
             loss, _ = estimate_loss(self.model, self.val_ids, None, s.batch_size, limit)
         self.last["val_loss"] = loss
         if self.step and loss < self.best:
-            self.best = loss
             self.save("best.pt")
+            self.best = loss  # now that it is kept
         append_line(self.out / "log.jsonl", {
             "step": self.step, "tokens": self.step * self.tokens_per_step,
             "seconds": self.seconds(), **self.last, "tokens_per_second": speed,
@@ -1084,8 +1089,9 @@ class Run:
 def clean_folder(out, step):
     """Remove what an overwritten run has left, and what is beyond the step to go on from."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("ckpt.pt", "best.pt") if step < 0 else ():
-        (out / name).unlink(missing_ok=True)
+    old = [out / "ckpt.pt", out / "best.pt"] if step < 0 else []
+    for path in (*old, *out.glob("*.pt.*.tmp")):  # a process that was killed leaves the latter
+        path.unlink(missing_ok=True)
     for path in (out / "log.jsonl", out / "probe.jsonl"):
         kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
         with atomic(path) as file:
@@ -1274,11 +1280,12 @@ def load_model(source):
     checkpoint = read_checkpoint(path)
     try:
         model = GPT(Training(**checkpoint["settings"]))
+        model.to(checkpoint["model"]["head.weight"].dtype)  # float64 keeps all its bits
         model.load_state_dict(checkpoint["model"])
         tokenizer = tokenizer_from(checkpoint["tokenizer"])
+        model.origin = f"{path}: step {checkpoint['step']}, loss {checkpoint['val_loss']:.4f}"
     except (KeyError, TypeError, AttributeError, RuntimeError) as e:
         raise Error(f"{path}: the parts of it do not fit together ({first_line(e)})") from None
-    model.origin = f"{path}: step {checkpoint['step']}, loss {checkpoint['val_loss']:.4f}"
     return model.eval(), tokenizer
 
 def open_model(s, sampling=False):
@@ -1304,12 +1311,15 @@ def run_data(out, tokenizer):
 
 def append_line(path, line):
     line = json.loads(json.dumps(line), parse_constant=lambda name: None)  # JSON has no NaN
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as e:
+        raise Failure(f"{path} cannot be written: {e.strerror}") from None
 
 def read_lines(path):
     """The objects in a .jsonl file; a line half written when its process died does not count."""
-    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
             yield json.loads(line)
 
@@ -1938,7 +1948,7 @@ def main(argv=None):
         if unknown:  # the settings know what is close to it
             given[unknown[0].split("=")[0]] = None
         function = COMMANDS[given.pop("command")]
-        train.started = STARTED if argv is None else None
+        function.started = STARTED if argv is None else None
         result = function(**given)
         stop = result.get("signal") if isinstance(result, dict) else 0
         return 128 + stop if stop else 0

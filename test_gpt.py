@@ -360,10 +360,10 @@ def test_a_run_sees_its_text_five_times_and_reports_to_people_and_programs():
         assert float(loss) == pytest.approx(line["val_loss"], abs=1e-4)
         assert float(bits) == pytest.approx(line["val_loss"] / math.log(2), abs=1e-3)
 
-@pytest.mark.parametrize("number, step", [
-    (signal.SIGINT, 9), (signal.SIGTERM, 7), (signal.SIGHUP, 1)])
-def test_a_run_stopped_by_a_signal_says_how_and_goes_on_exactly(number, step, monkeypatch):
-    hard = dict(steps=20, dropout=0.1, accum=2, eval_every=7)
+@pytest.mark.parametrize("number, step, dtype", [
+    (signal.SIGINT, 9, "auto"), (signal.SIGTERM, 7, "bfloat16"), (signal.SIGHUP, 1, "float64")])
+def test_a_run_stopped_by_a_signal_says_how_and_goes_on_exactly(number, step, dtype, monkeypatch):
+    hard = dict(steps=20, dropout=0.1, accum=2, eval_every=7, dtype=dtype)
     train(**hard, out="whole")
     handlers = [signal.getsignal(n) for n in signal.valid_signals()]
     before_step(monkeypatch, step - 1, lambda: signal.raise_signal(number))
@@ -471,7 +471,8 @@ def test_fine_tuning_keeps_weights_and_tokenizer_and_starts_anew():
     assert state["step"] == 3 and state["tokenizer"]["chars"] == "".join(sorted(set(TEXT)))
     assert state["settings"]["lr"] == pytest.approx(gpt.Training.lr / 10)
     assert log("fine")[0]["val_loss"] < log("base")[-1]["val_loss"] + 1
-    for words, says in ("--n-embd 64", "n_embd is 32"), ("--tokenizer bpe", "brings its own"):
+    for words, says in (("--n-embd 64", "n_embd is 32"), ("--tokenizer bpe", "brings its own"),
+                        ("--arch gpt2", "brings its own")):
         assert says in refused("train", "--init", "base", "--out", "x", *words.split())
 
 def test_two_processes_give_the_weights_of_one():
@@ -572,6 +573,8 @@ def test_damaged_and_foreign_checkpoints_are_one_line_and_run_nothing():
         except gpt.Error as e:
             assert "x.pt" in str(e) and "\n" not in str(e)
     assert not Path("evil").exists()
+    os.replace("r/best.pt", "r/ckpt.pt")
+    assert "weights alone" in refused("train", "--resume", "--out", "r")
 
 def test_a_disk_without_room_ends_in_one_line_and_keeps_what_was_there():
     """A limit on the size of files stands in for a full disk."""
@@ -897,7 +900,7 @@ def test_killed_at_any_moment_a_run_can_go_on():
             time.sleep(chance.uniform(0.1, 2))
             running.send_signal(number)
         assert running.returncode == (-number if number == signal.SIGKILL else 128 + number)
-    assert gpt.train(resume=True)["step"] == 40 * kills
+    assert gpt.train(resume=True)["step"] == 40 * kills and not list(Path("out").glob("*.tmp"))
     train(**how, out="whole")
     assert same("out", "whole")
 
