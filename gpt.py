@@ -138,7 +138,7 @@ def command(settings, name):
 class Config(Settings):
     """The shape of the model. `GPT(Config(vocab_size=65))` is a model."""
     vocab_size: int = setting(0, "tokens in the vocabulary (0: the tokenizer's; bpe: 1024)")
-    block_size: int = setting(256, "context: the tokens that a prediction can see", 1, 1 << 24)
+    block_size: int = setting(256, "context: the tokens that a prediction can see", 1, 1 << 20)
     n_layer: int = setting(4, "blocks of attention and MLP; without any it is a bigram", 0, 1000)
     n_head: int = setting(4, "attention heads", 1)
     n_kv_head: int = setting(0, "heads of keys and values (0: n_head; llama, qwen3: half of it)")
@@ -242,7 +242,7 @@ class Tokenizer:
     ends     the ids that end a sample
     first    the ids that begin one without a prompt
     train    (texts, vocab_size) -> a tokenizer
-    encode   (text, special) -> ids (T,); with special, <|endoftext|> is one token
+    encode   (text, special) -> ids (T,); special, of a prompt, makes <|endoftext|> one token
     state    () -> its kind, and the arguments that make it again"""
     eot, ends = None, set()
 
@@ -483,10 +483,11 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 class KVCache:
-    """The keys and values of the first `length` tokens, so that they need not be computed again."""
-    def __init__(self, model, B):
+    """The keys and values of the first `length` tokens, so that they need not be computed again;
+    there is room for T."""
+    def __init__(self, model, B, T):
         c, weight = model.config, next(model.parameters())
-        self.kv = weight.new_empty(c.n_layer, 2, B, c.block_size, c.n_kv_head, c.head_dim)
+        self.kv = weight.new_empty(c.n_layer, 2, B, T, c.n_kv_head, c.head_dim)
         self.length = 0
 
     def append(self, layer, k, v):
@@ -1142,7 +1143,8 @@ def generate(model, idx, s, generator=None):
     generator = generator or torch.Generator().manual_seed(s.seed)
     block_size = model.config.block_size
     idx = idx[:, -block_size:]
-    cache = KVCache(model, len(idx)) if s.cache else None
+    room = min(block_size, idx.size(1) + s.tokens)  # a whole context may take gigabytes
+    cache = KVCache(model, len(idx), room) if s.cache else None
     for _ in range(s.tokens):
         new = idx[:, cache.length:] if cache else idx
         logits = model(new, cache=cache, last=True)  # (B, 1, V)
@@ -1274,8 +1276,13 @@ def find_run(out):
 def load_model(source):
     """Open whatever `init` may name -> (model, tokenizer)."""
     path = Path(os.path.expanduser(source))
-    if source in GPT2_SIZES or (path / "config.json").is_file():
-        return load_folder(source)
+    if source in GPT2_SIZES and not path.is_dir():  # what is here comes first
+        path = cache_folder() / source
+        for file in ("config.json", "model.safetensors"):
+            download(f"https://huggingface.co/openai-community/{source}/resolve/main/{file}",
+                     path / file)
+    if (path / "config.json").is_file():
+        return load_folder(path)
     path = find_run(path) if path.is_dir() else path
     checkpoint = read_checkpoint(path)
     try:
@@ -1448,7 +1455,7 @@ def bigram_loss(train, val, V):
 
 @dataclass
 class Inspection(Machine, Trained):
-    probe: str = setting("", "look at this text, in the best model alone")
+    probe: str = setting("", "look at this text, in the best model alone: probe.html")
 
 @command(Inspection, "inspect")
 def inspect(s):
@@ -1491,13 +1498,14 @@ def inspect(s):
     records = json.loads(json.dumps(records), parse_float=lambda number: round(float(number), 3))
     data = json.dumps(records, separators=(",", ":")).replace("<", "\\u003c")
     page = PAGE.replace("DATA", data)
-    with atomic(out / "inspect.html") as file:
+    path = out / ("probe.html" if s.probe else "inspect.html")
+    with atomic(path) as file:
         file.write(page.encode())
-    say(out / "inspect.html")
+    say(path)
     if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
         from IPython.display import HTML, display
         display(HTML(f'<iframe srcdoc="{html.escape(page)}" width="100%" height="900"></iframe>'))
-    return out / "inspect.html"
+    return path
 
 @dataclass
 class Ablation(Training):
@@ -1510,18 +1518,21 @@ def ablate(s):
     """train a model in several settings, and compare"""
     base = {name: value for name, value in s.given.items() if name not in ("vary", "seeds", "out")}
     folder, plans = Path(s.out), {}
-    for sweep in s.vary:
+    for sweep in s.vary or [""]:  # nothing varied: the seeds alone
         axes = [word.partition("=") for word in sweep.split()]
         for values in itertools.product(*(values.split(",") for _, _, values in axes)):
             plan = {name.replace("-", "_"): value for (name, _, _), value in zip(axes, values)}
             Training.make(base | plan)  # what cannot work is found before an hour has passed
             for seed in range(s.seed, s.seed + s.seeds):
-                plan["seed"] = seed
-                plans[" ".join(f"{name}={value}" for name, value in plan.items())] = base | plan
+                named = plan | {"seed": plan.get("seed", seed)}
+                plans[" ".join(f"{name}={value}" for name, value in named.items())] = base | named
     path, about = folder / "ablate.json", {"format": FORMAT, "base": base}
-    done = json.loads(path.read_text("utf-8")) if path.exists() else about | {"runs": {}}
+    begun = path.exists() and any(folder.glob("**/ckpt.pt"))
+    done = json.loads(path.read_text("utf-8")) if begun else about | {"runs": {}}
     if done | about != done:
         raise Error(f"{path} is of other settings, {done['base']!r:.100}; name another out")
+    with atomic(path) as file:  # at once: a run that was stopped goes on in its own settings
+        file.write(json.dumps(done, indent=1).encode())
     say("| setting | parameters | loss | bits per byte | seconds |\n" + "| --- " * 5 + "|")
     for name, plan in plans.items():
         if name not in done["runs"]:
@@ -1569,14 +1580,15 @@ the table has what comes next in its view, after so many blocks (logit lens). �
 <p>2.1 is the first head of block 2. A row is a token that looks, a column one that is looked at.
 Choose one: the line above is underlined where the chosen token looks. It has a name when 0.4 of its
 attention, from the ninth token on, goes to the token before, the first token, earlier equal ones,
-or what came after those (induction). Worth: the rise of the validation loss without it.</p>
+or what came after those (induction). Worth: the rise of the validation loss without it, in the
+best model.</p>
 <div id="heads"></div><h2>What it writes</h2>
 <p>The likeliest end of the line after its eighth token, then samples at temperature 0.8. <mark>
 Marked</mark>: 20 characters or more of the training text. Pieces about as long as those of the
 validation text are chance; much longer ones it has learnt by heart.</p>
 <div class="row" id="texts"></div>
 <script>
-const R = DATA, T = R[0].text.length, COLORS = ['#4a90e2', '#e07020', '#888', '#2a9d5c']
+const R = DATA, COLORS = ['#4a90e2', '#e07020', '#888', '#2a9d5c']
 const $ = id => document.getElementById(id), each = (list, f) => list.map(f).join('')
 const state = {step: R.at(-1).step, token: 0, head: '1.1',
   ...Object.fromEntries(new URLSearchParams(location.hash.slice(1)))}
@@ -1604,6 +1616,7 @@ function marked([text, copied]) { // what belongs to a copied piece
 }
 function draw() {
   const at = Math.max(0, R.findLastIndex(r => r.step <= state.step)), r = R[at]
+  const T = r.text.length // a run that went on may have had another line
   const i = state.token = Math.max(0, Math.min(T - 1, state.token | 0)), heads = r.heads.flat()
   const head = heads.find(head => head.name === state.head)
   $('at').value = at
@@ -1693,9 +1706,9 @@ def config_in(about):
     kind = str(about.get("model_type"))
     if kind not in FAMILIES:
         raise Error(f"model_type {kind} is not one of {', '.join(FAMILIES)}")
-    rope = about.get("rope_parameters") or about.get("rope_scaling") or {}  # transformers 5, 4
+    rope = about.get("rope_scaling") or about.get("rope_parameters") or {}  # transformers 4, 5
     about = {"rope_type": rope.get("type")} | about | rope
-    for name, value in FAMILIES[kind]["must"].items():
+    for name, value in (FAMILIES[kind]["must"] | {"quantization_config": None}).items():
         if about.get(name) not in (None, value):
             raise Error(f"{name} {about[name]} is not supported, only {value}")
     names = FAMILIES[kind]["settings"].items()
@@ -1758,18 +1771,12 @@ def write_safetensors(path, weights):
             tensor = torch.cat(parts, dim=-1).float().contiguous()
             file.write(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
 
-def load_folder(source):
-    """A Hugging Face folder, or the name of a GPT-2 -> (model, tokenizer; None if it has none)."""
-    folder = Path(os.path.expanduser(source))
-    if source in GPT2_SIZES:
-        folder = cache_folder() / source
-        for file in ("config.json", "model.safetensors"):
-            download(f"https://huggingface.co/openai-community/{source}/resolve/main/{file}",
-                     folder / file)
+def load_folder(folder):
+    """A Hugging Face folder -> (model, tokenizer; None if it has none)."""
     try:
         names = "config.json", "generation_config.json", "tokenizer.json"
         texts = {name: (folder / name).read_text("utf-8")
-                 for name in names if name == "config.json" or (folder / name).exists()}
+                 for name in names if (folder / name).exists()}
         kind, config = config_in(json.loads(texts["config.json"]))
         files = [*folder.glob("model.safetensors")] or [*folder.glob("model-*.safetensors")]
         if not files:
@@ -1785,10 +1792,13 @@ def load_folder(source):
             if name in wanted or not ignored.search(name):
                 raise Error(f"{name} is {shapes.get(name)}, in this {kind} {wanted.get(name)}")
         model = GPT(config).eval()
-        model.origin = source
+        model.origin = str(folder)
         for name, views in their_weights(model, kind).items():
             for view, part in zip(views, found[bare(name)].chunk(len(views), dim=-1)):
                 view.copy_(part)
+        head = model.head.weight.detach()
+        if config.tie and not torch.equal(found.get("lm_head.weight", head).float(), head):
+            raise Error("lm_head.weight is not the embedding, as tie_word_embeddings says")
         return model, folder_tokenizer(texts, kind, config.vocab_size)
     except ImportError:
         raise
@@ -1809,12 +1819,14 @@ class HuggingFaceTokenizer(Tokenizer):
         self.encoding.no_padding()
         self.eot, self.ends = (ends or [None])[0], set(ends)
         self.first = ends[:1] or self.encode("\n").tolist()[:1] or [0]
-        self.tokens = [b""] * size  # a model may have more ids than its tokenizer
+        self.tokens = [b""] * size  # a model may have more ids than its tokenizer, not fewer
         spelt, added = {"▁": b" "}, []
         if '"ByteLevel"' in text:
             spelt = {letter: bytes([b]) for b, letter in enumerate(BYTE_LETTERS)}
             added = self.encoding.get_added_tokens_decoder()  # these are plain text
         for name, i in self.encoding.get_vocab().items():
+            if i >= size:
+                raise Error(f"its tokenizer has a token {i}, {name!r:.30}, the model only {size}")
             parts = [name] if i in added else name
             self.tokens[i] = b"".join(spelt.get(part) or part.encode() for part in parts)
             if "▁" in spelt and re.fullmatch("<0x[0-9A-Fa-f]{2}>", name):
@@ -1822,7 +1834,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode(self, text, special=False):
         self.encoding.encode_special_tokens = not special
-        ids = self.encoding.encode(text, add_special_tokens=False).ids
+        ids = self.encoding.encode(text, add_special_tokens=special).ids  # Llama's <s>
         return torch.tensor(ids, dtype=torch.int32)
 
     def state(self):
@@ -1861,7 +1873,8 @@ def tokenizer_out(tokenizer):
     vocab = {name: i for i, name in enumerate(names)}
     merges = [f"{name[:i]} {name[i:]}" for name in names[:eot] for i in range(1, len(name))
               if name[:i] in vocab and name[i:] in vocab]
-    return file | {"model": {"type": "BPE", "vocab": vocab, "merges": merges}}
+    return file | {"model": {"type": "BPE", "vocab": vocab, "merges": merges,
+                             "unk_token": "<unknown>"}}  # not there: an error, nothing is left out
 
 @dataclass
 class Export(Trained):

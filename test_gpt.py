@@ -642,7 +642,7 @@ def test_importance_is_what_the_absence_of_a_part_costs():
 def page_data(path):
     page = Path(path).read_text("utf-8")
     assert page.count("</script>") == 1 and not re.search("(src|href)=|url[(]|@import|http", page)
-    return json.loads(re.search(r"^const R = (.*), T = R\[0\]", page, re.M).group(1))
+    return json.loads(re.search(r"^const R = (.*), COLORS", page, re.M).group(1))
 
 def test_inspect_writes_a_page_that_needs_nothing():
     Path("DATA.txt").write_text("</script>\n" * 300)
@@ -651,6 +651,7 @@ def test_inspect_writes_a_page_that_needs_nothing():
     assert len(records) == len(log()) and "worth" in records[0]["heads"][0][0]["worth"]
     assert 0 < records[-1]["bigram"] < 0.01 and records[0]["blind guess"] == 2.303
     assert "".join(page_data(gpt.inspect(probe="script"))[0]["text"]) == "script"
+    assert len(page_data("out/inspect.html")) == len(records)  # is still there
     os.remove("DATA.txt")
     assert "without what needs the text" in run_main("inspect")[2]
     assert page_data("out/inspect.html")[0]["heads"][0][0]["worth"] == ""
@@ -661,9 +662,11 @@ def test_inspect_writes_a_page_that_needs_nothing():
 def test_the_page_works_in_a_browser(arch, layers, text):
     chromium = shutil.which("chromium") or pytest.skip("chromium is not installed")
     Path("text.txt").write_text(text, "utf-8", newline="")
-    train(steps=20, arch=arch, n_layer=layers, probe=None)
+    train(steps=10, arch=arch, n_layer=layers, probe=text[:4])
+    gpt.train(resume=True, steps=20, probe=None)  # goes on with another line, and a longer one
     page = gpt.inspect().resolve()
-    script = """<script>const step = $('now').textContent; $('at').value = 0; $('at').oninput()
+    script = """<script>document.querySelector('[data-token="5"]').click()
+      const step = $('now').textContent + location.hash; $('at').value = 0; $('at').oninput()
       document.querySelector('[data-token="1"]').click()
       document.onkeydown({key: 'ArrowRight'})
       document.querySelector('[data-head="1.2"]')?.click()
@@ -673,7 +676,7 @@ def test_the_page_works_in_a_browser(arch, layers, text):
     words += [f"--user-data-dir={Path('profile').resolve()}", "--no-first-run", f"file://{page}"]
     out = subprocess.run([chromium, *words], capture_output=True, text=True, timeout=100).stdout
     last, first, place = re.search("<title>(.*?)</title>", out)[1].split("|")
-    assert "step 20" in last and "step 0" in first and "token=2" in place
+    assert "step 20" in last and "token=5" in last and "step 0" in first and "token=2" in place
     assert arch == "bigram" or "head=1.2" in place
 
 def test_ablate_compares_and_goes_on_where_it_was(monkeypatch):
@@ -681,12 +684,16 @@ def test_ablate_compares_and_goes_on_where_it_was(monkeypatch):
              "--vary", "n_head=2", "--seeds", "2", "--out", "a", *flags(steps=3, n_head=None)[1:]]
     real, done = gpt.train, []
     monkeypatch.setattr(gpt, "train", lambda **given: done.append(given["out"]) or real(**given))
-    before_step(monkeypatch, 2, lambda: len(done) == 4 and signal.raise_signal(signal.SIGTERM))
-    assert run_main(*words)[0] == 143 and len(done) == 4  # stopped in the fourth run
+    before_step(monkeypatch, 2, lambda: len(done) in (1, 5) and signal.raise_signal(15))
+    assert run_main(*words)[0] == 143 and len(done) == 1  # stopped in the first run
+    assert "other settings" in refused(*words, "--lr", "0.1")  # it would go on in its own
+    assert run_main(*words)[0] == 143 and len(done) == 5  # and in the fourth
     code, out, _ = run_main(*words)
-    assert code == 0 and len(done) == 4 + 5 and len(set(done)) == 8  # n_head=2 is not trained twice
-    assert run_main(*words) == (0, out, "") and len(done) == 9
-    assert "other settings" in refused(*words, "--lr", "0.1")
+    assert code == 0 and len(done) == 5 + 5 and len(set(done)) == 8  # n_head=2 is not trained twice
+    assert run_main(*words) == (0, out, "") and len(done) == 10
+    for vary, seeds in ((), "1337 1338"), ("seed=1,2", "1 2"):  # nothing varied; the seed
+        runs = gpt.ablate(**SMALL | {"steps": 1, "out": seeds, "vary": vary, "seeds": 2})["runs"]
+        assert list(runs) == [f"seed={seed}" for seed in seeds.split()]
 
 # --- Weights in and out --------------------------------------------------------------------------
 # Held against Hugging Face's transformers, where that is installed.
@@ -712,7 +719,7 @@ def theirs(kind, dtype=torch.float32, **changes):
 
 def edit(name, value):
     path = Path("a/config.json")
-    about = json.loads(path.read_text("utf-8")) | {"rope_parameters": None, name: value}
+    about = json.loads(path.read_text("utf-8")) | {name: value}
     path.write_text(json.dumps(about), "utf-8")
 
 def run_folder(arch="qwen3", tokenizer=gpt.CharTokenizer("abcdefgh"), **changes):
@@ -756,11 +763,13 @@ def test_rope_theta_is_found_in_the_spelling_of_any_version():
     ("gpt2", "n_layer", "x", "n_layer"), ("gpt2", "n_layer", 10 ** 9, "n_layer"),
     ("gpt2", "n_layer", [], "n_layer"), ("gpt2", "n_head", 4, "divisible"),
     ("gpt2", "tie_word_embeddings", False, "lm_head.weight"),
+    ("llama", "tie_word_embeddings", True, "lm_head.weight"),
     ("gpt2", "scale_attn_by_inverse_layer_idx", True, "inverse"), ("llama", "mlp_bias", 1, "bias"),
     ("llama", "rope_parameters", {"rope_type": "llama3"}, "llama3"), ("gpt2", "n_layer", 2, "None"),
     ("gpt2", "vocab_size", 130, "wte.weight"), ("llama", "max_position_embeddings", 10 ** 15, ""),
     ("llama", "hidden_act", "gelu", "gelu"), ("llama", "rope_scaling", {"type": "yarn"}, "yarn"),
-    ("qwen3", "attention_bias", True, "_bias"), ("qwen3", "use_sliding_window", True, "sliding")])
+    ("qwen3", "attention_bias", True, "_bias"), ("qwen3", "use_sliding_window", True, "sliding"),
+    ("qwen3", "quantization_config", {"quant_method": "fp8"}, "fp8")])
 def test_a_model_that_would_be_computed_otherwise_is_refused(kind, name, value, says):
     theirs(kind)
     edit(name, value)
@@ -812,7 +821,10 @@ def test_an_exported_run_has_the_same_logits_and_token_ids_there(arch, changes, 
     back, ours = gpt.load_model("b")
     assert equal(model.state_dict(), back.state_dict()) and ours.tokens == tokenizer.tokens
     assert their.eos_token_id == tokenizer.eot == ours.eot
-    assert isinstance(ours, gpt.CharTokenizer) == (kind == "char")  # it refuses what it cannot read
+    if kind == "char":  # both refuse what they cannot read
+        for refuse in (ours.encode, their):
+            with pytest.raises(Exception, match="unknown|never seen"):
+                refuse("a☃b")
     text = STRANGE + INPUT[-20_000:]
     ids = tokenizer.encode(text, special=True).tolist()
     assert their(text).input_ids == ids == ours.encode(text, special=True).tolist()
@@ -841,17 +853,19 @@ def test_tokenizers_of_others_are_theirs_in_sampling_and_fine_tuning_too():
     t = pytest.importorskip("tokenizers").ByteLevelBPETokenizer()
     t.train_from_iterator([INPUT, STRANGE], vocab_size=700, show_progress=False,
                           special_tokens=["<|im_end|>", "<|endoftext|>"])
+    begin = {"single": "<|im_end|> $A", "special_tokens": [("<|im_end|>", 0)]}  # like Llama's
+    t.post_processor = pytest.importorskip("tokenizers").processors.TemplateProcessing(**begin)
     t.save("a/tokenizer.json")
     edit("eos_token_id", 0)
     Path("a/generation_config.json").write_text('{"eos_token_id": [1, 0]}')
     tokenizer = gpt.load_model("a")[1]
     assert (len(tokenizer.tokens), tokenizer.ends, tokenizer.eot) == (703, {0, 1}, 0)
     ids = tokenizer.encode(STRANGE, special=True).tolist()
-    assert ids == t.encode(STRANGE).ids and tokenizer.decode(ids) == STRANGE
-    assert 1 not in tokenizer.encode(STRANGE).tolist()  # in data it is text
+    assert ids == t.encode(STRANGE).ids and tokenizer.decode(ids[1:]) == STRANGE
+    assert not {0, 1} & {*tokenizer.encode(STRANGE).tolist()}  # in data it is text
     made = model.generate(torch.tensor([t.encode("The").ids]), max_new_tokens=20, do_sample=False)
     text = gpt.sample(init="a", prompt="The", tokens=20, temperature=0)
-    assert text == [t.decode(made[0].tolist(), skip_special_tokens=False)]
+    assert text == [t.decode(made[0, 1:].tolist(), skip_special_tokens=False)]
     gpt.train(init="a", data="text.txt", out="tuned", steps=1, batch_size=1, device="cpu", probe="")
     assert gpt.load_model("tuned")[1].state() == tokenizer.state()
     gpt.export(folder="b", out="tuned")
@@ -881,6 +895,8 @@ def test_gpt2_is_downloaded_once_or_its_file_named(monkeypatch):
     assert equal(ours.state_dict(), model.state_dict()) and tokenizer == "its tokens"
     base = "https://huggingface.co/openai-community/gpt2/resolve/main/"
     assert asked == [base + "config.json", base + "model.safetensors"]
+    Path("gpt2").mkdir()
+    assert "no run in this" in refused("sample", "--init", "gpt2")  # a folder of ours comes first
 
 # --- As a program, in a notebook, in the README --------------------------------------------------
 
