@@ -641,18 +641,26 @@ def read_jsonl(file):
 Tokens = namedtuple("Tokens", "ids tokenizer fingerprint files text_bytes")
 
 def load_tokens(data, tokenizer="char", vocab_size=0):
-    """Tokenise files, or find that it was done before. `tokenizer`: one, or the kind to make."""
+    """Tokenise files, or find in cache_folder() that it was done: empty that after a change to how
+    a text is read. `tokenizer`: one, or the kind to make."""
     paths = [path for name in data for path in find_files(name)]
     files = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
-    what = [tokenizer, vocab_size] if isinstance(tokenizer, str) else tokenizer.state()
-    key = hashlib.sha256(json.dumps([FORMAT, files, what]).encode()).hexdigest()[:32]
-    about, binary = cache_folder() / f"{key}.json", cache_folder() / f"{key}.bin"
+
+    def kept(*what):  # where what was made of these files is
+        key = hashlib.sha256(json.dumps([FORMAT, files, what]).encode()).hexdigest()[:32]
+        return cache_folder() / f"{key}.json"
+
+    if isinstance(tokenizer, str):
+        made = kept(tokenizer, vocab_size)
+        if not made.exists():
+            new = TOKENIZERS[tokenizer].train(filter(None, read_pieces(paths)), vocab_size)
+            write_json(made, new.state())
+        tokenizer = tokenizer_from(json.loads(made.read_text("utf-8")))
+    about = kept(tokenizer.state())
+    binary = about.with_suffix(".bin")
     if not (about.exists() and binary.exists()):
-        if isinstance(tokenizer, str):
-            tokenizer = TOKENIZERS[tokenizer].train(filter(None, read_pieces(paths)), vocab_size)
-        write_tokens(paths, tokenizer, binary, about)
+        write_json(about, write_tokens(paths, tokenizer, binary))
     known = json.loads(about.read_text("utf-8"))
-    tokenizer = tokenizer_from(known["tokenizer"])
     dtype = id_dtype(tokenizer)
     size = binary.stat().st_size // dtype.itemsize
     if size < 20:
@@ -663,8 +671,8 @@ def load_tokens(data, tokenizer="char", vocab_size=0):
 def id_dtype(tokenizer):
     return torch.uint16 if len(tokenizer.tokens) <= 1 << 16 else torch.int32
 
-def write_tokens(paths, tokenizer, binary, about):
-    """Write the ids of the files' text into one file, and what must be known of it into another."""
+def write_tokens(paths, tokenizer, binary):
+    """Write the ids of the files' text into one file -> what must be known of it."""
     digest, text_bytes = hashlib.sha256(), 0
     eot = torch.tensor([] if tokenizer.eot is None else [tokenizer.eot], dtype=torch.int32)
     with atomic(binary) as file:
@@ -675,9 +683,7 @@ def write_tokens(paths, tokenizer, binary, about):
             file.write(raw)
             digest.update(raw)
             text_bytes += len((text or "").encode())
-    with atomic(about) as file:
-        file.write(json.dumps({"tokenizer": tokenizer.state(), "text_bytes": text_bytes,
-                               "fingerprint": digest.hexdigest()}).encode())
+    return {"text_bytes": text_bytes, "fingerprint": digest.hexdigest()}
 
 def split(ids):
     """The first nine tenths train, the rest validates."""
@@ -864,7 +870,10 @@ def train(s):
             if "arch" in s.given or tokenizer and "tokenizer" in s.given:
                 raise Error("arch, tokenizer: the model that init names brings its own")
             shape = {f.name: getattr(old.config, f.name) for f in fields(Config)}
-            s = inherit(s, shape | {"dropout": 0.0, "lr": s.lr / 10}, {"dropout", "lr"})
+            other = {"dropout": 0.0, "lr": s.lr / 10}
+            s = inherit(s, shape | other, {"block_size", *other})
+            if s.block_size > old.config.block_size:
+                raise Error(f"block_size is at most {old.config.block_size} there")
         if rank:  # the first process tokenises; the others wait, and find it done
             dist.barrier()
         text = load_tokens(s.data, tokenizer or s.tokenizer, s.vocab_size)
@@ -876,6 +885,8 @@ def train(s):
         torch.manual_seed(s.seed)
         model = GPT(s)
         if old:
+            if old.positions is not None:  # a shorter context needs no later ones
+                old.positions.weight.data = old.positions.weight.data[:s.block_size]
             model.to(old.head.weight.dtype).load_state_dict(old.state_dict())
         run = Run(s, model, text, device, rank, world, checkpoint)
         del old, checkpoint  # they are as large as the run
@@ -1251,6 +1262,10 @@ def atomic(path):
     finally:
         temporary.unlink(missing_ok=True)
 
+def write_json(path, value):
+    with atomic(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
+
 def read_checkpoint(path):
     """A checkpoint as a dict, on the CPU. Its checksums are verified, which torch.load does not."""
     open(path, "rb").close()  # one that is not there, or not ours to read, says so itself
@@ -1531,8 +1546,7 @@ def ablate(s):
     done = json.loads(path.read_text("utf-8")) if begun else about | {"runs": {}}
     if done | about != done:
         raise Error(f"{path} is of other settings, {done['base']!r:.100}; name another out")
-    with atomic(path) as file:  # at once: a run that was stopped goes on in its own settings
-        file.write(json.dumps(done, indent=1).encode())
+    write_json(path, done)  # at once: a run that was stopped goes on in its own settings
     say("| setting | parameters | loss | bits per byte | seconds |\n" + "| --- " * 5 + "|")
     for name, plan in plans.items():
         if name not in done["runs"]:
@@ -1547,8 +1561,7 @@ def ablate(s):
                 result = evaluate(out=out, device=s.device)
             parameters, bits = count_parameters(load_model(out)[0]), result["bits_per_byte"]
             done["runs"][name] = [parameters, result["loss"], bits, last["seconds"]]
-            with atomic(path) as file:
-                file.write(json.dumps(done, indent=1).encode())
+            write_json(path, done)
         parameters, loss, bits, seconds = done["runs"][name]
         say(f"| {name} | {parameters:,} | {loss:.4f} | {bits:.4f} | {seconds:.0f} |")
     return done
@@ -1898,8 +1911,7 @@ def export(s):
             "eos_token": None if eot is None else tokenizer.tokens[eot].decode()}}
     write_safetensors(folder / "model.safetensors", their_weights(model, kind))
     for name, file in (files | {"config.json": about}).items():  # the last: without it, no model
-        with atomic(folder / name) as out:
-            out.write(json.dumps(file, indent=1).encode())
+        write_json(folder / name, file)
     say(f"{folder} is written; in Python: AutoModelForCausalLM.from_pretrained({s.folder!r})")
 
 # --- Command line --------------------------------------------------------------------------------
@@ -1910,7 +1922,7 @@ def say(text, end="\n", stream="stdout"):
     file = getattr(sys, stream) or io.StringIO()
     known = getattr(file, "encoding", None) or "utf-8"  # a terminal may not know every letter
     try:
-        print(text.encode(known, "replace").decode(known), end=end, file=file, flush=True)
+        print(str(text).encode(known, "replace").decode(known), end=end, file=file, flush=True)
     except (OSError, ValueError):
         setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))
 

@@ -464,15 +464,16 @@ def test_a_run_can_go_on_in_another_precision_and_keeps_its_loss_scale():
         assert gpt.read_checkpoint("out/ckpt.pt")["scaler"].get("_growth_tracker") == count
 
 def test_fine_tuning_keeps_weights_and_tokenizer_and_starts_anew():
-    train(out="base", steps=30)
+    train(out="base", steps=30, pos="learned")
     Path("more.txt").write_text("not to be " * 50)
-    gpt.train(init="base", data="more.txt", out="fine", steps=3, dropout=0.5, probe="")
+    gpt.train(init="base", data="more.txt", out="fine", steps=3, dropout=0.5, probe="", block_size=8)
     state = gpt.read_checkpoint("fine/ckpt.pt")
-    assert state["step"] == 3 and state["tokenizer"]["chars"] == "".join(sorted(set(TEXT)))
+    assert state["step"] == 3 and len(state["model"]["positions.weight"]) == 8
+    assert state["tokenizer"]["chars"] == "".join(sorted(set(TEXT)))
     assert state["settings"]["lr"] == pytest.approx(gpt.Training.lr / 10)
     assert log("fine")[0]["val_loss"] < log("base")[-1]["val_loss"] + 1
     for words, says in (("--n-embd 64", "n_embd is 32"), ("--tokenizer bpe", "brings its own"),
-                        ("--arch gpt2", "brings its own")):
+                        ("--arch gpt2", "brings its own"), ("--block-size 99", "at most 16")):
         assert says in refused("train", "--init", "base", "--out", "x", *words.split())
 
 def test_two_processes_give_the_weights_of_one():
