@@ -119,8 +119,9 @@ def command(settings, name):
                 return function(settings.make(given))
             except ImportError as e:
                 raise Error(f"this needs a package: pip install {e.name}") from None
-            except OSError as e:
-                raise Error(f"{e.filename or name}: {e.strerror or first_line(e)}") from None
+            except OSError as e:  # if it names no file, it came while writing
+                kind = Error if e.filename else Failure
+                raise kind(f"{e.filename or name}: {e.strerror or first_line(e)}") from None
             except (MemoryError, RuntimeError) as e:
                 if "memory" not in repr(e).lower().replace("illegal memory", ""):
                     raise
@@ -404,7 +405,7 @@ def choose_attention(model, impl, dtype, batch_size=1):
         except ValueError as e:
             raise Error(f"attention {impl}: {e}") from None
     T, definitions = min(c.block_size, 4096), {b.attn.attend for b in model.blocks} - {attend}
-    q, k, v = torch.randn(3, 1, T, 1, max(16, c.head_dim), device=device, dtype=dtype)
+    q, k, v = torch.randn(3, 1, T, 2, max(16, c.head_dim), device=device, dtype=dtype)
     v[:, 0] *= T ** 0.5  # large, so that hiding it from one query already shows
     for definition, queries in itertools.product(definitions, (q, q[:, -1:])):
         own = definition(queries.float(), k.float(), v.float())
@@ -782,9 +783,12 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else name
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     try:
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as e:
         raise Error(f"device {name!r:.100} cannot be used: {first_line(e)}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # clocks wait for the current one, and its memory is counted
+    return device
 
 def pick_dtype(name, device):
     """auto -> the precision that this device is fast in."""
@@ -829,8 +833,6 @@ def join_processes(device, stack):
     if "MASTER_ADDR" not in os.environ:
         raise Error("WORLD_SIZE is set without MASTER_ADDR: unset it, or use torchrun")
     import torch.distributed.nn  # imported later, it keeps the group and its threads alive
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     stack.callback(dist.destroy_process_group)
     for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr) if rank else ():
@@ -930,6 +932,7 @@ class Run:
         model.checkpoint_activations = s.checkpoint_activations
         attention = choose_attention(model, s.attention, self.dtype, s.batch_size)
         self.forward = model  # below it may be compiled
+        self.eval_model = model  # is evaluated, probed and kept as best; it could be an average
         self.optimizers = make_optimizers(model, s)
         # float16 loses small gradients: the loss is multiplied before the backward pass
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -1056,7 +1059,7 @@ class Run:
         most = 1 << (15 if self.device.type == "cpu" else 18)
         limit = max(8 * s.block_size, min(run_tokens // 600, most))
         with precision(self.device, self.dtype):
-            loss, _ = estimate_loss(self.model, self.val_ids, None, s.batch_size, limit)
+            loss, _ = estimate_loss(self.eval_model, self.val_ids, None, s.batch_size, limit)
         self.last["val_loss"] = loss
         if self.step and loss < self.best:
             self.save("best.pt")
@@ -1077,13 +1080,14 @@ class Run:
 
     def save(self, name):
         """best.pt has what other commands need, ckpt.pt also what only training needs."""
-        state = {"format": FORMAT, "model": self.model.state_dict(), "step": self.step,
+        state = {"format": FORMAT, "model": self.eval_model.state_dict(), "step": self.step,
                  "settings": asdict(self.s), "tokenizer": self.text.tokenizer.state(),
                  "val_loss": self.last["val_loss"], "data_fingerprint": self.text.fingerprint}
         if name == "ckpt.pt":
             self.saved = time.monotonic()
-            state |= dict(scaler=self.scaler.state_dict(), seconds=self.seconds(), best=self.best,
-                          optimizer=[optimizer.state_dict() for optimizer in self.optimizers])
+            state |= {"model": self.model.state_dict(), "scaler": self.scaler.state_dict(),
+                      "optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
+                      "seconds": self.seconds(), "best": self.best}
         with atomic(self.out / name) as file:
             torch.save(state, file)
 
@@ -1319,7 +1323,7 @@ def open_model(s, sampling=False):
     if tokenizer is None:
         raise Error(f"{s.init}: there is no tokenizer in it that gpt.py can read")
     model.to(device, dtype if sampling or dtype == torch.float64 else torch.float32)
-    one_query = sampling and s.attention == "auto" and device.type == "cpu"  # torch's is faster
+    one_query = sampling and s.attention == "auto" and device.type != "mps"  # torch's is faster
     choose_attention(model, "sdpa" if one_query else s.attention, dtype)
     return model, tokenizer, device, dtype
 
@@ -1333,11 +1337,8 @@ def run_data(out, tokenizer):
 
 def append_line(path, line):
     line = json.loads(json.dumps(line), parse_constant=lambda name: None)  # JSON has no NaN
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-    except OSError as e:
-        raise Failure(f"{path} cannot be written: {e.strerror}") from None
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 def read_lines(path):
     """The objects in a .jsonl file; a line half written when its process died does not count."""
@@ -1435,7 +1436,7 @@ def probe_line(probe, tokenizer, unseen, block_size):
 
 def record_probe(run):
     """Add to probe.jsonl what the model makes of its line at this step, and what it writes."""
-    model, tokenizer, idx = run.model, run.text.tokenizer, run.line.to(run.device)
+    model, tokenizer, idx = run.eval_model, run.text.tokenizer, run.line.to(run.device)
     model.eval()
     record = {"step": run.step, "samples": []}
     with contextlib.suppress(Error), precision(run.device, run.dtype):  # logits not finite: no text

@@ -358,8 +358,9 @@ def call(function, *args):
         raise RuntimeError(f"{function.__name__}: {error!r}")
     return value[0] if value else None
 
+@functools.lru_cache(None)
 def cuda_image(arch):
-    """Machine code for an arch like sm_75, which NVRTC makes in about a second."""
+    """Machine code for an arch like sm_75, which NVRTC makes in seconds: once for all kernels."""
     from cuda.bindings import nvrtc
     program = call(nvrtc.nvrtcCreateProgram, CUDA_SOURCE.encode(), b"kernels.cu", 0, [], [])
     call(nvrtc.nvrtcCompileProgram, program, 2, [f"-arch={arch}".encode(), b"-use_fast_math"])
@@ -450,7 +451,7 @@ def fused_attention(q, k, v, causal=True, scale=None, *, impl):
         return attention_sdpa(q, k, v, causal, scale)
     if k.shape != v.shape or q.shape[::3] != k.shape[::3] or not q.dtype == k.dtype == v.dtype:
         raise ValueError("q, k and v do not fit together")
-    if impl == "cuda":
+    if impl == "cuda" and q.shape[2] > k.shape[2]:
         k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
     return attention_forward(q, k, v, scale, impl)[0]
 
@@ -522,7 +523,7 @@ def summed_loss(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int,
         loss += rows(z, targets[part].contiguous(), ignore_index, grad).sum()
         if grad:
             torch.mm(z, weight, out=dx[part])
-            try:  # dW += z^T x in fp32 without a temporary: torch 2.8 on CUDA, or fp32 alone
+            try:  # dW += z^T x in fp32 without a temporary: torch 2.10 on CUDA, or fp32 alone
                 torch.addmm(dw, z.T, x[part], **mixed, out=dw)
             except (RuntimeError, TypeError, NotImplementedError):  # it leaves dW as it was
                 dw += z.T @ x[part]
@@ -669,9 +670,8 @@ def main(argv):
     device, dtype = torch.device("cuda" if gpu else "cpu"), torch.float16 if gpu else torch.float32
     B, T, H, D = (1, 2048, 16, 64) if gpu else (2, 208, 4, 64)
     N, C, V = (4096, 768, 50257) if gpu else (400, 64, 50257)
-    def make(*shape):
-        return torch.randn(shape, device=device).to(dtype).requires_grad_()
-    qkv, x, weight = [make(B, T, H, D) for _ in "qkv"], make(N, C), make(V, C)
+    x, weight, *qkv = (torch.randn(shape, device=device).to(dtype).requires_grad_()
+                       for shape in [(N, C), (V, C)] + 3 * [(B, T, H, D)])
     ours, torchs = (functools.partial(loss, targets=torch.arange(N, device=device))
                     for loss in (linear_cross_entropy, plain_loss))
     cases = [("softmax", softmax, torch.nn.Softmax(-1), [x.detach()], 5 * N * C),

@@ -466,7 +466,8 @@ def test_a_run_can_go_on_in_another_precision_and_keeps_its_loss_scale():
 def test_fine_tuning_keeps_weights_and_tokenizer_and_starts_anew():
     train(out="base", steps=30, pos="learned")
     Path("more.txt").write_text("not to be " * 50)
-    gpt.train(init="base", data="more.txt", out="fine", steps=3, dropout=0.5, probe="", block_size=8)
+    how = dict(steps=3, dropout=0.5, block_size=8, probe="")
+    gpt.train(init="base", data="more.txt", out="fine", **how)
     state = gpt.read_checkpoint("fine/ckpt.pt")
     assert state["step"] == 3 and len(state["model"]["positions.weight"]) == 8
     assert state["tokenizer"]["chars"] == "".join(sorted(set(TEXT)))
