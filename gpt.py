@@ -214,7 +214,7 @@ class Training(Machine, Config):
     weight_decay: float = setting(0.1, "how much of a matrix a step takes away, times the rate")
     grad_clip: float = setting(1.0, "longest gradient (2-norm) that a step follows; 0 is off")
     warmup: int = setting(0, "steps over which the learning rate rises")
-    eval_every: int = setting(None, "steps between evaluations (default: about 30 in a run)", 1)
+    eval_every: int = setting(None, "steps between evaluations and saves (default: about 30)", 1)
     probe: str = setting(None, "a text to watch the model read (default: a line; '': none)")
     compile: str = setting("auto", "torch.compile; auto: on CUDA", choices="auto|on|off")
     checkpoint_activations: bool = setting(False, "recompute activations: slower, less memory")
@@ -647,8 +647,8 @@ def load_tokens(data, tokenizer="char", vocab_size=0):
     paths = [path for name in data for path in find_files(name)]
     files = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
 
-    def kept(*what):  # where what was made of these files is
-        key = hashlib.sha256(json.dumps([FORMAT, files, what]).encode()).hexdigest()[:32]
+    def kept(*what):  # the JSON of something made from these files
+        key = hashlib.sha256(json.dumps([FORMAT, what, files]).encode()).hexdigest()[:32]
         return cache_folder() / f"{key}.json"
 
     if isinstance(tokenizer, str):
@@ -870,12 +870,10 @@ def train(s):
         elif s.init:
             old, tokenizer = load_model(s.init)
             if "arch" in s.given or tokenizer and "tokenizer" in s.given:
-                raise Error("arch, tokenizer: the model that init names brings its own")
+                raise Error("arch and tokenizer are those of the model that init names")
             shape = {f.name: getattr(old.config, f.name) for f in fields(Config)}
-            other = {"dropout": 0.0, "lr": s.lr / 10}
-            s = inherit(s, shape | other, {"block_size", *other})
-            if s.block_size > old.config.block_size:
-                raise Error(f"block_size is at most {old.config.block_size} there")
+            shorter = {"block_size"} if s.block_size < old.config.block_size else set()
+            s = inherit(s, shape | {"dropout": 0.0, "lr": s.lr / 10}, {"dropout", "lr"} | shorter)
         if rank:  # the first process tokenises; the others wait, and find it done
             dist.barrier()
         text = load_tokens(s.data, tokenizer or s.tokenizer, s.vocab_size)
@@ -936,9 +934,9 @@ class Run:
         self.optimizers = make_optimizers(model, s)
         # float16 loses small gradients: the loss is multiplied before the backward pass
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.step, self.looked_step, self.best = 0, -1, math.inf
+        self.step, self.looked_step, self.skipped, self.best = 0, -1, 0, math.inf
         self.last = {"train_loss": None, "lr": 0.0, "grad_norm": None, "val_loss": math.nan}
-        self.progress, self.longest_look, self.skipped = 0.0, 0.0, 0  # seconds; steps in a row
+        self.progress, self.longest_look = 0.0, 0.0  # share of the run; seconds
         started = vars(train).pop("started", None)  # the shell's command, in `main`
         self.began = self.looked = self.saved = started or time.monotonic()
         if checkpoint:
@@ -1106,7 +1104,7 @@ def clean_folder(out, step):
     """Remove what an overwritten run has left, and what is beyond the step to go on from."""
     out.mkdir(parents=True, exist_ok=True)
     old = [out / "ckpt.pt", out / "best.pt"] if step < 0 else []
-    for path in (*old, *out.glob("*.pt.*.tmp")):  # a process that was killed leaves the latter
+    for path in (*old, *out.glob("*.????????.tmp")):  # a process that was killed leaves these
         path.unlink(missing_ok=True)
     for path in (out / "log.jsonl", out / "probe.jsonl"):
         kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
@@ -1153,8 +1151,8 @@ def sample_next(logits, s, generator):
 
 @torch.inference_mode()
 def generate(model, idx, s, generator=None):
-    """Continue idx (B, T) by s.tokens tokens, yielding each as ids (B,) on the CPU. Once idx is
-    longer than the context, its newest block_size // 2 go on, with a cache or without."""
+    """Continue idx (B, T) by s.tokens tokens, yielding each as ids (B,) on the CPU. When
+    the context is full, its newest block_size // 2 go on, with a cache or without."""
     generator = generator or torch.Generator().manual_seed(s.seed)
     block_size = model.config.block_size
     idx = idx[:, -block_size:]
@@ -1202,7 +1200,7 @@ def sample(s):
         ids = (int(row) for row in generate(model, idx, s, generator))
         ids = itertools.takewhile(lambda i: i not in tokenizer.ends, ids)
         texts.append(prompt)
-        for pieces, piece in enumerate(stream_text(tokenizer, ids, s.stop), pieces):  # n tokens + 1
+        for pieces, piece in enumerate(stream_text(tokenizer, ids, s.stop), pieces):  # token by token
             say(piece, end="")
             texts[-1] += piece
         say("")
@@ -1543,8 +1541,9 @@ def ablate(s):
                 named = plan | {"seed": plan.get("seed", seed)}
                 plans[" ".join(f"{name}={value}" for name, value in named.items())] = base | named
     path, about = folder / "ablate.json", {"format": FORMAT, "base": base}
-    begun = path.exists() and any(folder.glob("**/ckpt.pt"))
-    done = json.loads(path.read_text("utf-8")) if begun else about | {"runs": {}}
+    done = json.loads(path.read_text("utf-8")) if path.exists() else {"base": "unknown"}
+    if not (done.get("runs") or any(folder.glob("**/ckpt.pt"))):  # nothing there goes on
+        done = about | {"runs": {}}
     if done | about != done:
         raise Error(f"{path} is of other settings, {done['base']!r:.100}; name another out")
     write_json(path, done)  # at once: a run that was stopped goes on in its own settings
@@ -1594,8 +1593,7 @@ the table has what comes next in its view, after so many blocks (logit lens). âœ
 <p>2.1 is the first head of block 2. A row is a token that looks, a column one that is looked at.
 Choose one: the line above is underlined where the chosen token looks. It has a name when 0.4 of its
 attention, from the ninth token on, goes to the token before, the first token, earlier equal ones,
-or what came after those (induction). Worth: the rise of the validation loss without it, in the
-best model.</p>
+or what came after those (induction). Worth: the rise of the best model's loss without it.</p>
 <div id="heads"></div><h2>What it writes</h2>
 <p>The likeliest end of the line after its eighth token, then samples at temperature 0.8. <mark>
 Marked</mark>: 20 characters or more of the training text. Pieces about as long as those of the
@@ -1629,8 +1627,7 @@ function marked([text, copied]) { // what belongs to a copied piece
   }) + `</pre>`
 }
 function draw() {
-  const at = Math.max(0, R.findLastIndex(r => r.step <= state.step)), r = R[at]
-  const T = r.text.length // a run that went on may have had another line
+  const at = Math.max(0, R.findLastIndex(r => r.step <= state.step)), r = R[at], T = r.text.length
   const i = state.token = Math.max(0, Math.min(T - 1, state.token | 0)), heads = r.heads.flat()
   const head = heads.find(head => head.name === state.head)
   $('at').value = at
@@ -1720,7 +1717,7 @@ def config_in(about):
     kind = str(about.get("model_type"))
     if kind not in FAMILIES:
         raise Error(f"model_type {kind} is not one of {', '.join(FAMILIES)}")
-    rope = about.get("rope_scaling") or about.get("rope_parameters") or {}  # transformers 4, 5
+    rope = about.get("rope_scaling") or about.get("rope_parameters") or {}  # as they choose
     about = {"rope_type": rope.get("type")} | about | rope
     for name, value in (FAMILIES[kind]["must"] | {"quantization_config": None}).items():
         if about.get(name) not in (None, value):
@@ -1812,7 +1809,7 @@ def load_folder(folder):
                 view.copy_(part)
         head = model.head.weight.detach()
         if config.tie and not torch.equal(found.get("lm_head.weight", head).float(), head):
-            raise Error("lm_head.weight is not the embedding, as tie_word_embeddings says")
+            raise Error("tie_word_embeddings is true, but lm_head.weight is not the embedding")
         return model, folder_tokenizer(texts, kind, config.vocab_size)
     except ImportError:
         raise
@@ -1867,7 +1864,7 @@ def folder_tokenizer(texts, kind, size):
     ends = [i for i in dict.fromkeys(ends) if i in range(size)]
     model = json.loads(texts["tokenizer.json"])["model"]
     if model.get("merges") == [] and [*model["vocab"]] == sorted("".join(model["vocab"])):
-        return CharTokenizer(model["vocab"])  # theirs would leave out what it does not know
+        return CharTokenizer(model["vocab"])  # theirs has no words for what it does not know
     return HuggingFaceTokenizer(texts["tokenizer.json"], ends, size)
 
 def tokenizer_out(tokenizer):
@@ -1888,7 +1885,7 @@ def tokenizer_out(tokenizer):
     merges = [f"{name[:i]} {name[i:]}" for name in names[:eot] for i in range(1, len(name))
               if name[:i] in vocab and name[i:] in vocab]
     return file | {"model": {"type": "BPE", "vocab": vocab, "merges": merges,
-                             "unk_token": "<unknown>"}}  # not there: an error, nothing is left out
+                             "unk_token": "<unknown>"}}  # not in vocab: what is unknown is an error
 
 @dataclass
 class Export(Trained):
@@ -1913,7 +1910,7 @@ def export(s):
     write_safetensors(folder / "model.safetensors", their_weights(model, kind))
     for name, file in (files | {"config.json": about}).items():  # the last: without it, no model
         write_json(folder / name, file)
-    say(f"{folder} is written; in Python: AutoModelForCausalLM.from_pretrained({s.folder!r})")
+    say(f"{folder} is written; in Python: AutoModelForCausalLM.from_pretrained({str(folder)!r})")
 
 # --- Command line --------------------------------------------------------------------------------
 # Reports go to stdout, notices to stderr; a run goes on when these are closed.
@@ -1924,7 +1921,7 @@ def say(text, end="\n", stream="stdout"):
     known = getattr(file, "encoding", None) or "utf-8"  # a terminal may not know every letter
     try:
         print(str(text).encode(known, "replace").decode(known), end=end, file=file, flush=True)
-    except (OSError, ValueError):
+    except (OSError, ValueError, LookupError, TypeError):  # closed, full, of no known encoding
         setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))
 
 def notice(text):

@@ -468,8 +468,8 @@ def test_fine_tuning_keeps_weights_and_tokenizer_and_starts_anew():
     assert state["tokenizer"]["chars"] == "".join(sorted(set(TEXT)))
     assert state["settings"]["lr"] == pytest.approx(gpt.Training.lr / 10)
     assert log("fine")[0]["val_loss"] < log("base")[-1]["val_loss"] + 1
-    for words, says in (("--n-embd 64", "n_embd is 32"), ("--tokenizer bpe", "brings its own"),
-                        ("--arch gpt2", "brings its own"), ("--block-size 99", "at most 16")):
+    for words, says in (("--n-embd 64", "n_embd is 32"), ("--tokenizer bpe", "that init names"),
+                        ("--arch gpt2", "that init names"), ("--block-size 99", "size is 16")):
         assert says in refused("train", "--init", "base", "--out", "x", *words.split())
 
 def test_two_processes_give_the_weights_of_one(monkeypatch):
