@@ -199,7 +199,7 @@ class Training(Machine, Config):
     data: list = setting("input.txt", "files (.txt, .jsonl with a `text` a line), folders, globs")
     out: str = setting("out", "folder of the run")
     steps: int = setting(None, "length (default: the size's, or until the text is seen 5 times)", 1)
-    minutes: float = setting(None, "length, from the start of the command to its end")
+    minutes: float = setting(None, "length, loading included; --resume counts what came before too")
     size: str = setting("auto", "auto: tiny on a CPU, else baby", choices="auto|" + "|".join(SIZES))
     tokenizer: str = setting("char", "bpe is learnt from the data", choices="char|bpe|gpt2")
     arch: str = setting("qwen3", "architecture", choices="|".join(ARCHS))
@@ -897,7 +897,7 @@ def inherit(s, settings, may_change):
     """s with a model's or a run's settings, of which only `may_change` can be given anew."""
     for name in (s.given.keys() & settings.keys()) - may_change:
         if s.given[name] != settings[name]:
-            raise Error(f"{name} is {settings[name]} there; it cannot be {s.given[name]!r:.100}")
+            raise Error(f"{name} is {settings[name]!r} there; it cannot be {s.given[name]!r:.100}")
     return Training(**(asdict(s) | settings | s.given))
 
 def fit_to_text(s, text, world):
@@ -1091,7 +1091,7 @@ class Run:
 
     def finish(self, stop):
         self.synchronise()  # nobody leaves before the first process has saved
-        if self.last["val_loss"] > 1.02 * self.best:
+        if self.last["val_loss"] > 1.02 * self.best > (self.last["train_loss"] or 0):
             notice(f"best.pt keeps the lowest validation loss, {self.best:.4f}; after it the model "
                    "learnt by heart: more text, dropout or a smaller model would help")
         if stop:
@@ -1200,7 +1200,7 @@ def sample(s):
         ids = (int(row) for row in generate(model, idx, s, generator))
         ids = itertools.takewhile(lambda i: i not in tokenizer.ends, ids)
         texts.append(prompt)
-        for pieces, piece in enumerate(stream_text(tokenizer, ids, s.stop), pieces):  # token by token
+        for pieces, piece in enumerate(stream_text(tokenizer, ids, s.stop), pieces):  # each token
             say(piece, end="")
             texts[-1] += piece
         say("")
