@@ -857,7 +857,7 @@ def train(s):
         old = tokenizer = checkpoint = None
         if s.resume:
             checkpoint = read_checkpoint(path)
-            old, tokenizer = load_model(path)
+            old, tokenizer = model_from(checkpoint, path)
             if "optimizer" not in checkpoint:
                 raise Error(f"{path} has weights alone, like a best.pt: --init can use it")
             settings = asdict(old.config) | {"out": s.out}
@@ -1229,7 +1229,7 @@ def evaluate(s):
     model, tokenizer, device, dtype = open_model(s)
     if s.init and not s.data:
         raise Error("eval with init needs data")
-    ids = load_tokens(s.data, tokenizer).ids if s.data else split(run_data(s.out, tokenizer))[1]
+    ids = load_tokens(s.data, tokenizer).ids if s.data else split(run_data(model, tokenizer))[1]
     with precision(device, dtype):
         loss, counted = estimate_loss(model, ids, s.stride, s.batch_size)
     lengths = torch.tensor([len(t) * (i != tokenizer.eot) for i, t in enumerate(tokenizer.tokens)])
@@ -1301,13 +1301,17 @@ def load_model(source):
     if (path / "config.json").is_file():
         return load_folder(path)
     path = find_run(path) if path.is_dir() else path
-    checkpoint = read_checkpoint(path)
+    return model_from(read_checkpoint(path), path)
+
+def model_from(checkpoint, path):
+    """What a checkpoint holds -> (model, tokenizer)."""
     try:
         model = GPT(Training(**checkpoint["settings"]))
         model.to(checkpoint["model"]["head.weight"].dtype)  # float64 keeps all its bits
         model.load_state_dict(checkpoint["model"])
         tokenizer = tokenizer_from(checkpoint["tokenizer"])
         model.origin = f"{path}: step {checkpoint['step']}, loss {checkpoint['val_loss']:.4f}"
+        model.data_fingerprint = checkpoint.get("data_fingerprint")
     except (KeyError, TypeError, AttributeError, RuntimeError) as e:
         raise Error(f"{path}: the parts of it do not fit together ({first_line(e)})") from None
     return model.eval(), tokenizer
@@ -1325,12 +1329,12 @@ def open_model(s, sampling=False):
     choose_attention(model, "sdpa" if one_query else s.attention, dtype)
     return model, tokenizer, device, dtype
 
-def run_data(out, tokenizer):
-    """The ids (N,) that a run was trained on, if they are still the same."""
-    run = read_checkpoint(find_run(out))
-    tokens = load_tokens(run["settings"]["data"], tokenizer)
-    if tokens.fingerprint != run["data_fingerprint"]:
-        raise Error(f"{', '.join(run['settings']['data']):.100} has changed since the training")
+def run_data(model, tokenizer):
+    """The ids (N,) of the text that a run's model learnt, if it is still the same."""
+    data = model.config.data
+    tokens = load_tokens(data, tokenizer)
+    if tokens.fingerprint != model.data_fingerprint:
+        raise Error(f"{', '.join(data):.100} has changed since the training")
     return tokens.ids
 
 def append_line(path, line):
@@ -1485,7 +1489,7 @@ def inspect(s):
         log = {line["step"]: line for line in read_lines(out / "log.jsonl")}
         records = [r for r in read_lines(out / "probe.jsonl") if "heads" in r]  # as they are now
         try:
-            train, val = split(run_data(out, tokenizer))
+            train, val = split(run_data(model, tokenizer))
         except Error as e:
             notice(f"{e}; the page goes without what needs the text")
     with precision(device, dtype):
