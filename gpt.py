@@ -123,7 +123,7 @@ def command(settings, name):
                 kind = Error if e.filename else Failure
                 raise kind(f"{e.filename or name}: {e.strerror or first_line(e)}") from None
             except (MemoryError, RuntimeError) as e:
-                if "memory" not in repr(e).lower().replace("illegal memory", ""):
+                if not re.search("(?i)out of memory|allocate|MemoryError", repr(e)):
                     raise
                 raise Failure("out of memory: try a smaller batch_size (with a larger accum), "
                               "checkpoint_activations, a smaller block_size or size") from None
